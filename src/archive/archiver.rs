@@ -1,0 +1,434 @@
+//! Starts the live path and the uploaders of one cluster, after everything that can be refused was looked at.
+
+use std::collections::{HashMap, HashSet};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use super::backlog::{Backlog, Index};
+use super::held::find_in_spool;
+use super::live::{Live, LiveSettings, Way};
+use super::tail::Tail;
+use super::turn::Turn;
+use super::uploader::{Failing, Uploader};
+use super::{ArchiveError, Halt, Missing};
+use crate::disk::Disk;
+use crate::failure::NextStep;
+use crate::postgres::ReplicationConnection;
+use crate::queue::{OpenedAs, Queue, QueueEntry, QueueError};
+use crate::repository::{Archive, LeaseHolder, Repository};
+use crate::spool::{Spool, SpoolError, SpoolLock, SpooledName};
+use crate::storage::{Backoff, ObjectStore};
+use crate::telemetry::{Board, CauseCode};
+use crate::wal::{SegmentName, SegmentSize, SystemIdentifier};
+
+const LOCK_POLL: Duration = Duration::from_millis(50);
+/// How long a start waits for a store that need not answer now.
+const LOOK_LIMIT: Duration = Duration::from_secs(5);
+
+/// What the archiver is told by the configuration.
+#[derive(Clone)]
+pub struct ArchiverSettings {
+    pub live: LiveSettings,
+    pub cluster: String,
+    pub spool_path: PathBuf,
+    pub state_path: PathBuf,
+    /// How long the spool's lock is waited for: a killed predecessor may need a moment to be gone.
+    pub lock_patience: Duration,
+    /// Whether the open segment is shipped in pieces.
+    pub tail: bool,
+    pub upload_concurrency: usize,
+    /// How long a stopping agent may still ship.
+    pub stop_timeout: Duration,
+}
+
+/// One repository to write to.
+#[derive(Clone)]
+pub struct Target {
+    pub repository: Repository,
+    pub store: Arc<dyn ObjectStore>,
+    pub required: bool,
+    /// The operator vouches that nobody else writes.
+    pub single_writer: bool,
+}
+
+/// A running archiver. Dropping it does not stop it: cancel the token and call `stopped`.
+pub struct Archiver {
+    pub system: SystemIdentifier,
+    pub segment_size: SegmentSize,
+    /// Reading handles, in the order of the targets.
+    pub archives: Vec<Archive>,
+    pub halt: Halt,
+    uploaders: JoinSet<()>,
+    uploads_stop: CancellationToken,
+    backlog: Arc<Backlog>,
+    tail: Arc<Tail>,
+    board: Board,
+    live: JoinHandle<()>,
+    stop_timeout: Duration,
+    _lock: SpoolLock,
+}
+
+/// Who the server is.
+#[derive(Clone, Copy)]
+struct Identity {
+    system: SystemIdentifier,
+    segment_size: SegmentSize,
+}
+
+impl Archiver {
+    /// Begins to archive. Waits for the server if nothing tells yet which cluster it is, and for the repositories if only they know
+    /// where to go on. `Err` with `NextStep::Stop` is a refusal.
+    pub async fn start(
+        settings: ArchiverSettings,
+        targets: Vec<Target>,
+        board: Board,
+        shutdown: CancellationToken,
+    ) -> Result<Self, ArchiveError> {
+        let disk = Disk::default();
+        let (lock, agent) = {
+            let (disk, root, patience) = (disk.clone(), settings.spool_path.clone(), settings.lock_patience);
+            blocking(move || Ok((lock_spool(&disk, &root, patience)?, Spool::agent_id(&disk, &root)?))).await?
+        };
+        let identity = match known_identity(&disk, &settings)? {
+            Some(identity) => identity,
+            None => ask_identity(&settings.live, &board, &shutdown).await?,
+        };
+        let Identity { system, segment_size } = identity;
+        board.set_identity(system, segment_size);
+        let spool = Spool::open(disk.clone(), &settings.spool_path, &settings.cluster, system)?;
+        let held = find_in_spool(&spool, system, segment_size);
+        let fresh = matches!(held, Ok(None));
+        check_stores(&settings, &targets, system, fresh, &board, &shutdown).await?;
+
+        let archives: Vec<Archive> = targets.iter().map(|target| target.repository.bind(system)).collect();
+        let names: Vec<String> = targets.iter().map(|target| target.repository.name().to_owned()).collect();
+        let missing = Missing::default();
+        let backlog = {
+            let (disk, state, spool, missing) = (disk, settings.state_path.clone(), spool.clone(), missing.clone());
+            blocking(move || open_backlog(&disk, &state, &spool, system, segment_size, names, &missing)).await?
+        };
+        if let Some(held) = find_in_spool(&spool, system, segment_size).ok().flatten() {
+            backlog.set_sealed_end(held.timeline.get(), held.sealed_end);
+        }
+
+        let tail = Tail::new();
+        let halt = Halt::default();
+        let required =
+            targets.iter().filter(|target| target.required).map(|target| target.repository.name().to_owned());
+        let turn = Turn::new(required);
+        let (archived, archived_seen) = watch::channel(None);
+        let (wal, wal_seen) = watch::channel(None);
+        let archived = Arc::new(archived);
+        let failing = Arc::new(Failing::default());
+        let uploads_stop = CancellationToken::new();
+        let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
+        let mut uploaders = JoinSet::new();
+        let boards: HashMap<String, _> = board.repositories().into_iter().map(|r| (r.name().to_owned(), r)).collect();
+        for (target, archive) in targets.iter().zip(&archives) {
+            let shown = boards.get(target.repository.name()).cloned().ok_or_else(|| ArchiveError::Internal {
+                why: format!("repository {} is not on the board", target.repository.name()),
+            })?;
+            uploaders.spawn(
+                Uploader {
+                    archive: archive.clone(),
+                    store: target.store.clone(),
+                    probe_prefix: format!("{}/walden-check/", settings.cluster),
+                    single_writer: target.single_writer,
+                    holder: LeaseHolder { agent: agent.clone(), host: host.clone() },
+                    spool: spool.clone(),
+                    backlog: backlog.clone(),
+                    tail: tail.clone(),
+                    tail_on: settings.tail,
+                    wal: wal_seen.clone(),
+                    board: board.clone(),
+                    shown,
+                    failing: failing.clone(),
+                    concurrency: settings.upload_concurrency,
+                    retry_delay_max: settings.live.retry_delay_max,
+                    halt: halt.clone(),
+                    shutdown: uploads_stop.clone(),
+                    missing: missing.clone(),
+                    archived: archived.clone(),
+                    turn: turn.clone(),
+                    system,
+                    segment_size,
+                }
+                .run(),
+            );
+        }
+        let live = Live {
+            settings: settings.live.clone(),
+            system,
+            segment_size,
+            spool,
+            archives: archives.iter().cloned().zip(targets.iter().map(|target| target.required)).collect(),
+            stores: tokio::runtime::Handle::current(),
+            backlog: backlog.clone(),
+            tail: tail.clone(),
+            board: board.clone(),
+            wal,
+            archived: archived_seen,
+            turn,
+            halt: halt.clone(),
+            shutdown,
+            held_remotely: None,
+            histories_spooled: HashSet::new(),
+            missing,
+            way: Way::Overlapping,
+        };
+        let live = std::thread::Builder::new()
+            .name("walden-receive".into())
+            .spawn(move || match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+                Ok(runtime) => runtime.block_on(live.run()),
+                Err(error) => live.halt.stop(ArchiveError::Internal { why: error.to_string() }),
+            })
+            .map_err(|error| ArchiveError::Internal { why: error.to_string() })?;
+        let stop_timeout = settings.stop_timeout;
+        Ok(Self {
+            system,
+            segment_size,
+            archives,
+            halt,
+            uploaders,
+            uploads_stop,
+            backlog,
+            tail,
+            board,
+            live,
+            stop_timeout,
+            _lock: lock,
+        })
+    }
+
+    /// Waits for the live path to end after the token was cancelled, ships what is durable within the bound, then ends the uploads.
+    pub async fn stopped(mut self) {
+        let live = self.live;
+        if tokio::task::spawn_blocking(move || live.join()).await.is_err() {
+            tracing::error!("the live path's thread could not be joined");
+        }
+        let deadline = tokio::time::Instant::now() + self.stop_timeout;
+        let mut changed = self.backlog.subscribe();
+        loop {
+            let (segments, _) = self.backlog.depth();
+            let shipped = self
+                .board
+                .durable()
+                .is_none_or(|durable| self.board.archived().is_some_and(|archived| archived >= durable));
+            if (segments == 0 && (shipped || self.tail.segment().is_none())) || self.halt.reason().is_some() {
+                break;
+            }
+            let step = tokio::time::Instant::now() + Duration::from_millis(100);
+            tokio::select! {
+                _ = changed.changed() => {}
+                () = tokio::time::sleep_until(step.min(deadline)) => {}
+            }
+            if tokio::time::Instant::now() >= deadline {
+                tracing::warn!(segments, "stopping with WAL that is not in the repository yet; it stays in the spool");
+                break;
+            }
+        }
+        self.uploads_stop.cancel();
+        while let Some(ended) = self.uploaders.join_next().await {
+            if let Err(panic) = ended {
+                tracing::error!(%panic, "an uploader panicked");
+            }
+        }
+    }
+}
+
+fn lock_spool(disk: &Disk, root: &std::path::Path, patience: Duration) -> Result<SpoolLock, SpoolError> {
+    let deadline = std::time::Instant::now() + patience;
+    loop {
+        match Spool::lock(disk, root) {
+            Err(SpoolError::InUse { .. }) if std::time::Instant::now() < deadline => std::thread::sleep(LOCK_POLL),
+            other => return other,
+        }
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    job: impl FnOnce() -> Result<T, ArchiveError> + Send + 'static,
+) -> Result<T, ArchiveError> {
+    let done = tokio::task::spawn_blocking(job).await;
+    done.map_err(|panic| ArchiveError::Internal { why: panic.to_string() })?
+}
+
+/// The spool tells which cluster it is of, so that what it holds is shipped also while the server is away.
+fn known_identity(disk: &Disk, settings: &ArchiverSettings) -> Result<Option<Identity>, ArchiveError> {
+    let systems = Spool::known_systems(&settings.spool_path, &settings.cluster)?;
+    let [system] = systems[..] else { return Ok(None) };
+    let spool = Spool::open(disk.clone(), &settings.spool_path, &settings.cluster, system)?;
+    Ok(spool.segment_size()?.map(|segment_size| Identity { system, segment_size }))
+}
+
+async fn ask_identity(
+    live: &LiveSettings,
+    board: &Board,
+    shutdown: &CancellationToken,
+) -> Result<Identity, ArchiveError> {
+    let mut backoff = Backoff::new(live.retry_delay_max);
+    loop {
+        let asked = async {
+            let mut connection = ReplicationConnection::connect(&live.connect).await?;
+            let system = connection.identify_system().await?.system_identifier;
+            Ok::<_, ArchiveError>(Identity { system, segment_size: connection.segment_size().await? })
+        };
+        let error = tokio::select! {
+            asked = asked => match asked {
+                Ok(identity) => return Ok(identity),
+                Err(error) => error,
+            },
+            () = shutdown.cancelled() => return Err(ArchiveError::Stopping),
+        };
+        board.set_disconnected(format!("{}; {}", error.describe(), error.hint()));
+        tokio::select! {
+            () = tokio::time::sleep(backoff.next_delay()) => {}
+            () = shutdown.cancelled() => return Err(ArchiveError::Stopping),
+        }
+    }
+}
+
+/// Looks for another cluster under the name before anything is streamed. With an empty spool the repositories must answer first.
+async fn check_stores(
+    settings: &ArchiverSettings,
+    targets: &[Target],
+    system: SystemIdentifier,
+    must_answer: bool,
+    board: &Board,
+    shutdown: &CancellationToken,
+) -> Result<(), ArchiveError> {
+    for target in targets {
+        let mut backoff = Backoff::new(settings.live.retry_delay_max);
+        loop {
+            let look = async {
+                let abilities = target.store.probe(&format!("{}/walden-check/", settings.cluster)).await?;
+                Ok::<_, crate::repository::RepositoryError>((abilities, target.repository.systems().await?))
+            };
+            let looked = async {
+                if must_answer && target.required {
+                    return Some(look.await);
+                }
+                // The uploader asks again before it writes; streaming does not wait for a store that hangs (I11).
+                tokio::time::timeout(LOOK_LIMIT, look).await.ok()
+            };
+            let error = tokio::select! {
+                looked = looked => match looked {
+                    None => break,
+                    Some(Ok((abilities, systems))) => {
+                        if let Some(found) = systems.into_iter().find(|other| *other != system) {
+                            return Err(ArchiveError::OtherCluster { found: system, expected: found });
+                        }
+                        if !(abilities.prove_one_writer() || target.single_writer) {
+                            return Err(ArchiveError::NoConditions { url: target.repository.url() });
+                        }
+                        break;
+                    }
+                    Some(Err(error)) => ArchiveError::Repository(error),
+                },
+                () = shutdown.cancelled() => return Err(ArchiveError::Stopping),
+            };
+            let message = format!("repository {}: {}; {}", target.repository.name(), error.describe(), error.hint());
+            board.raise(CauseCode::StoreFailing, message);
+            if !(must_answer && target.required) || error.next_step() == NextStep::Stop {
+                break;
+            }
+            tokio::select! {
+                () = tokio::time::sleep(backoff.next_delay()) => {}
+                () = shutdown.cancelled() => return Err(ArchiveError::Stopping),
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Opens the queue and makes it agree with the spool's names and sizes. Contents are read only of files that it does not know.
+fn open_backlog(
+    disk: &Disk,
+    state: &std::path::Path,
+    spool: &Spool,
+    system: SystemIdentifier,
+    size: SegmentSize,
+    repositories: Vec<String>,
+    missing: &Missing,
+) -> Result<Arc<Backlog>, ArchiveError> {
+    let contents = spool.contents(size)?;
+    let files: HashMap<&str, (&SpooledName, u64)> =
+        contents.sealed.iter().map(|(name, length)| (name.relative.as_str(), (name, *length))).collect();
+    let mut entries = Vec::new();
+    let opened = state.parent().map_or(Ok(()), |parent| disk.create_folders(parent));
+    let opened = opened.map_err(|e| QueueError::Open { path: state.into(), why: e.to_string() });
+    let queue = match opened.and_then(|()| Queue::open(disk, state)).and_then(|(queue, opened)| {
+        if let OpenedAs::Fresh { why } = &opened {
+            tracing::info!("the queue is built from the spool: {why}");
+        }
+        for entry in queue.entries_all()? {
+            match files.get(entry.relative.as_str()) {
+                Some((_, length)) if *length == entry.stored_size => entries.push(entry),
+                // The file went first, or is not what was recorded: then it is looked at below.
+                _ => queue.remove(&entry)?,
+            }
+        }
+        Ok(queue)
+    }) {
+        Ok(queue) => Some(queue),
+        // It is an index only: the spool's files are read instead, and it is tried again later (I4).
+        Err(error) => {
+            tracing::warn!(%error, hint = error.hint(), "going on without the queue's records");
+            entries.clear();
+            None
+        }
+    };
+    let known: HashSet<String> = entries.iter().map(|entry| entry.relative.clone()).collect();
+    let mut found = Vec::new();
+    for (name, length) in contents.sealed.iter().filter(|(name, _)| !known.contains(&name.relative)) {
+        match examine(spool, name, *length, system) {
+            Ok(entry) => found.push(entry),
+            Err(SpoolError::Damaged { path, source }) => {
+                tracing::error!(path = %path.display(), error = %source, "a spooled object is damaged: set aside and fetched again");
+                spool.quarantine(&path)?;
+                missing.extend(segment_in(name, size));
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    if !found.is_empty() {
+        tracing::info!(objects = found.len(), "the spool holds objects that the queue did not know");
+        if let Some(queue) = &queue {
+            queue.insert(&found).unwrap_or_else(|error| tracing::warn!(%error, "the queue's records are not kept"));
+        }
+        entries.extend(found);
+    }
+    let index = Index { disk: disk.clone(), folder: state.into(), queue, retry_at: None };
+    Ok(Arc::new(Backlog::new(index, repositories, entries)))
+}
+
+fn segment_in(name: &SpooledName, size: SegmentSize) -> Option<SegmentName> {
+    let file = name.relative.strip_prefix("wal/")?.split('/').nth(1)?;
+    SegmentName::parse(file.split('.').next()?, size).ok()
+}
+
+/// Reads a spooled object whole and makes its record.
+fn examine(spool: &Spool, name: &SpooledName, length: u64, system: SystemIdentifier) -> Result<QueueEntry, SpoolError> {
+    let small = name.relative.ends_with(".history") || name.relative.ends_with(".json");
+    let crc32 = if small {
+        let path = spool.path_of(name);
+        let content = std::fs::read(&path).map_err(|source| SpoolError::Io { what: "read", path, source })?;
+        crc32fast::hash(&content)
+    } else {
+        spool.decode(name, system, |_| Ok(()))?.1
+    };
+    Ok(QueueEntry {
+        timeline: name.timeline.get(),
+        order: name.order,
+        relative: name.relative.clone(),
+        stored_size: length,
+        crc32,
+        stored_in: Vec::new(),
+    })
+}

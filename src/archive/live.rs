@@ -1,0 +1,694 @@
+//! Connects, finds where to go on, streams, and begins again: the supervisor of the live loop, on the live path's own thread.
+
+use std::collections::{BTreeSet, HashSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use super::assembler::{Assembler, AssemblerSettings};
+use super::backlog::Backlog;
+use super::held::{Held, HeldBytes, HeldPart, HeldRemotely, Reach, find_in_spool, find_remotely, name_finished};
+use super::receiver::{Receiver, SessionEnd};
+use super::sealer::{DiskSide, SpoolBounds};
+use super::tail::Tail;
+use super::turn::Turn;
+use super::{ArchiveError, Halt, Missing};
+use crate::failure::NextStep;
+use crate::postgres::{
+    ConnectSettings, CreateOutcome, ReplicationConnection, SlotState, StartOutcome, SystemInfo, WalStream,
+};
+use crate::queue::QueueEntry;
+use crate::repository::{Archive, PieceChain};
+use crate::seal::Compression;
+use crate::spool::{Spool, SpoolError};
+use crate::storage::Backoff;
+use crate::telemetry::{Board, CauseCode};
+use crate::wal::{
+    Indexer, IndexerStart, Lsn, PgTime, SegmentName, SegmentSize, SystemIdentifier, TimelineHistory, TimelineId,
+};
+
+/// Bytes behind the server from which on only whole segments are made durable.
+const CATCHING_UP_BYTES: u64 = 16 << 20;
+const PAGE_BYTES: u64 = 8192;
+/// A session that lasted this long was a working one: the next failure begins its waiting anew.
+const WORKING_SESSION: Duration = Duration::from_secs(30);
+const SHORTEST_STATUS_INTERVAL: Duration = Duration::from_millis(200);
+
+/// What the live path is told by the configuration.
+#[derive(Clone)]
+pub struct LiveSettings {
+    pub connect: ConnectSettings,
+    pub slot: String,
+    pub create_slot: bool,
+    pub status_interval: Duration,
+    pub compression: Compression,
+    pub compression_level: i32,
+    /// Confirm to the server only what the required repositories hold.
+    pub durable_in_repository: bool,
+    /// How often the open segment's new bytes are made durable once the agent has caught up.
+    pub cut_interval: Duration,
+    /// Sooner, when so many bytes are new.
+    pub cut_bytes: Option<u64>,
+    pub bounds: SpoolBounds,
+    pub retry_delay_max: Duration,
+}
+
+impl LiveSettings {
+    pub fn catching_up_bytes(&self, size: SegmentSize) -> u64 {
+        size.get().min(CATCHING_UP_BYTES)
+    }
+}
+
+/// The live path of one cluster.
+pub struct Live {
+    pub settings: LiveSettings,
+    pub system: SystemIdentifier,
+    pub segment_size: SegmentSize,
+    pub spool: Spool,
+    /// Each with whether it is required.
+    pub archives: Vec<(Archive, bool)>,
+    /// The runtime of the stores' clients.
+    pub stores: tokio::runtime::Handle,
+    pub backlog: Arc<Backlog>,
+    pub tail: Arc<Tail>,
+    pub board: Board,
+    pub wal: watch::Sender<Option<AssemblerSettings>>,
+    pub archived: watch::Receiver<Option<Lsn>>,
+    pub turn: Turn,
+    pub halt: Halt,
+    pub shutdown: CancellationToken,
+    /// What a repository holds beyond the spool, when that was found out.
+    pub held_remotely: Option<Held>,
+    pub histories_spooled: HashSet<TimelineId>,
+    pub missing: Missing,
+    pub way: Way,
+}
+
+/// How the next session begins, by what the one before met.
+#[derive(Clone, Debug)]
+pub enum Way {
+    /// With WAL that is held already, for the comparison (I7).
+    Overlapping,
+    /// The server no longer has the overlap.
+    WithoutOverlap,
+    /// The server no longer has what follows either.
+    BehindGap { why: String, slot_lost: bool },
+}
+
+/// Where to begin, and with what.
+pub(super) struct Start {
+    pub timeline: TimelineId,
+    pub position: Lsn,
+    /// The position behind what is held, should the overlap not be there any more.
+    pub without_overlap: Lsn,
+    pub sealed_until: Lsn,
+    pub held_end: Lsn,
+    pub parts: Vec<HeldPart>,
+    pub max_time: Option<PgTime>,
+    /// Where the record starts that reaches over `position`: it must be seen from there, or it is in no summary.
+    pub open_record: Option<Lsn>,
+}
+
+impl Live {
+    /// Runs until the shutdown or until archiving is stopped. Owns its thread: `runtime` is a current-thread one.
+    pub async fn run(mut self) {
+        let mut backoff = Backoff::new(self.settings.retry_delay_max);
+        loop {
+            if self.shutdown.is_cancelled() || self.halt.reason().is_some() {
+                return;
+            }
+            tokio::select! {
+                () = self.turn.comes() => {}
+                () = self.shutdown.cancelled() => return,
+                () = self.halt.halted() => return,
+            }
+            let began = std::time::Instant::now();
+            let behind_gap = matches!(self.way, Way::BehindGap { .. });
+            let ended = self.session().await;
+            let error = match ended {
+                Ok(SessionEnd::Shutdown) => return,
+                Ok(SessionEnd::EndOfTimeline) => {
+                    backoff.reset();
+                    continue;
+                }
+                Err(ArchiveError::Stopping) => return,
+                Err(error @ ArchiveError::NotOurTurn) => {
+                    self.tell(&error);
+                    continue;
+                }
+                // The next session begins further on at once; only WAL that goes as fast as it is looked for is waited out.
+                Err(ArchiveError::WalGone { .. }) if !behind_gap => continue,
+                Err(error) => self.set_aside(error),
+            };
+            self.tell(&error);
+            if error.next_step() == NextStep::Stop {
+                self.halt.stop(error);
+                return;
+            }
+            if began.elapsed() > WORKING_SESSION {
+                backoff.reset();
+            }
+            tokio::select! {
+                () = tokio::time::sleep(backoff.next_delay()) => {}
+                () = self.shutdown.cancelled() => return,
+            }
+        }
+    }
+
+    /// Shows a failure under its cause.
+    fn tell(&self, error: &ArchiveError) {
+        let message = format!("{}; {}", error.describe(), error.hint());
+        match error {
+            ArchiveError::Diverged { at } => {
+                self.board.set_diverged(Some(*at));
+                self.board.raise(CauseCode::Diverged, message.clone());
+            }
+            ArchiveError::OtherBranch { .. } => self.board.raise(CauseCode::Diverged, message.clone()),
+            ArchiveError::OtherCluster { .. } => self.board.raise(CauseCode::OtherCluster, message.clone()),
+            ArchiveError::NoSlot { .. } | ArchiveError::LogicalSlot { .. } => {
+                self.board.raise(CauseCode::SlotMissing, message.clone());
+            }
+            ArchiveError::Disk(_) | ArchiveError::Spool(_) | ArchiveError::Queue(_) | ArchiveError::FetchAgain => {
+                self.board.raise(CauseCode::SpoolFailing, message.clone());
+            }
+            _ => {}
+        }
+        self.board.set_disconnected(message);
+    }
+
+    async fn session(&mut self) -> Result<SessionEnd, ArchiveError> {
+        let connect = ReplicationConnection::connect(&self.settings.connect);
+        let mut connection = tokio::select! {
+            connection = connect => connection?,
+            () = self.shutdown.cancelled() => return Err(ArchiveError::Stopping),
+        };
+        let info = connection.identify_system().await?;
+        if info.system_identifier != self.system {
+            return Err(ArchiveError::OtherCluster { found: info.system_identifier, expected: self.system });
+        }
+        let size = connection.segment_size().await?;
+        if size != self.segment_size {
+            let why = format!(
+                "the server's WAL segments have {} bytes, what is held has {}",
+                size.get(),
+                self.segment_size.get()
+            );
+            return Err(ArchiveError::Refused { why });
+        }
+        let status_interval = self.status_interval(&connection.show("wal_sender_timeout").await?);
+        let assembler_settings = AssemblerSettings {
+            system: self.system,
+            segment_size: size,
+            server_version: Some(connection.server_version()),
+            compression: self.settings.compression,
+            compression_level: self.settings.compression_level,
+        };
+        let slot = self.ensure_slot(&mut connection).await?;
+        self.wal.send_replace(Some(assembler_settings.clone()));
+        let held = self.held().await?;
+        let start = match held {
+            None => self.first_start(&mut connection, &info, slot).await?,
+            Some(held) => self.next_start(&mut connection, &info, held, &assembler_settings).await?,
+        };
+        let start = self.by_way(&mut connection, start, &assembler_settings).await?;
+        self.store_histories(&mut connection, start.timeline, info.timeline).await?;
+        self.stream(connection, start, assembler_settings, status_interval).await
+    }
+
+    /// The contiguous WAL that is held. A spool that is empty (a new host) or older than the repositories (another agent archived
+    /// meanwhile) takes up where they end.
+    async fn held(&mut self) -> Result<Option<Held>, ArchiveError> {
+        let finished = name_finished(&self.spool, self.system, self.segment_size)?;
+        if !finished.is_empty() {
+            self.backlog.insert(&finished);
+        }
+        let spooled = find_in_spool(&self.spool, self.system, self.segment_size)?;
+        if spooled.is_none() {
+            self.held_remotely = self.ask_repositories(Reach::Least).await?.map(|remote| remote.held);
+        }
+        let end = |held: &Held| (held.timeline, held.end);
+        Ok(match (spooled, &self.held_remotely) {
+            (Some(spooled), Some(remote)) if end(remote) > end(&spooled) => Some(remote.clone()),
+            (Some(spooled), _) => Some(spooled),
+            (None, remote) => remote.clone(),
+        })
+    }
+
+    /// What the repositories hold, asked on the runtime of their clients.
+    pub(super) async fn ask_repositories(&self, reach: Reach) -> Result<Option<HeldRemotely>, ArchiveError> {
+        let (archives, size) = (self.archives.clone(), self.segment_size);
+        let asked = self.stores.spawn(async move { find_remotely(&archives, size, reach).await });
+        let found = tokio::select! {
+            asked = asked => asked.map_err(|panic| ArchiveError::Internal { why: panic.to_string() })?,
+            () = self.shutdown.cancelled() => return Err(ArchiveError::Stopping),
+        };
+        if let Err(error) = &found {
+            self.board.raise(CauseCode::StoreFailing, format!("{}; {}", error.describe(), error.hint()));
+        }
+        found
+    }
+
+    /// A damaged spool file goes into quarantine, and its segment is asked for again.
+    fn set_aside(&self, error: ArchiveError) -> ArchiveError {
+        let ArchiveError::Spool(SpoolError::Damaged { path, .. }) = &error else { return error };
+        let Ok(relative) = path.strip_prefix(self.spool.folder()) else { return error };
+        let entry = self.backlog.entry(&relative.to_string_lossy());
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        let segment = name.get(..24).and_then(|name| SegmentName::parse(name, self.segment_size).ok());
+        let aside = self.spool.quarantine(path).map_err(ArchiveError::from);
+        match aside {
+            Ok(_) => {
+                entry.iter().for_each(|entry| self.backlog.forget(entry));
+                self.missing.extend(segment);
+                error
+            }
+            Err(other) => other,
+        }
+    }
+
+    /// A third of `wal_sender_timeout` at most, so that the server never has to ask.
+    fn status_interval(&self, wal_sender_timeout: &str) -> Duration {
+        let configured = self.settings.status_interval;
+        match parse_guc_duration(wal_sender_timeout) {
+            Some(timeout) if !timeout.is_zero() => configured.min(timeout / 3).max(SHORTEST_STATUS_INTERVAL),
+            _ => configured,
+        }
+    }
+
+    /// The slot comes before anything else, with its WAL reserved, so that nothing can be removed while the rest is found out.
+    pub(super) async fn ensure_slot(
+        &self,
+        connection: &mut ReplicationConnection,
+    ) -> Result<Option<Lsn>, ArchiveError> {
+        let name = &self.settings.slot;
+        match connection.read_slot(name).await? {
+            SlotState::Exists { restart_lsn, .. } => Ok(restart_lsn),
+            SlotState::NotPhysical => Err(ArchiveError::LogicalSlot { name: name.clone() }),
+            SlotState::Missing | SlotState::Unknown if self.settings.create_slot => {
+                match connection.create_physical_slot(name).await? {
+                    CreateOutcome::Created => {
+                        tracing::info!(slot = name, "created the replication slot");
+                        match connection.read_slot(name).await? {
+                            SlotState::Exists { restart_lsn, .. } => Ok(restart_lsn),
+                            _ => Ok(None),
+                        }
+                    }
+                    CreateOutcome::Exists => Ok(None),
+                }
+            }
+            SlotState::Missing => Err(ArchiveError::NoSlot { name: name.clone() }),
+            SlotState::Unknown => Ok(None),
+        }
+    }
+
+    /// Nothing is held: the first segment of which all is there.
+    async fn first_start(
+        &self,
+        connection: &mut ReplicationConnection,
+        info: &SystemInfo,
+        slot: Option<Lsn>,
+    ) -> Result<Start, ArchiveError> {
+        let from = self.segment_size.start_of(slot.unwrap_or(info.flush_lsn));
+        let timeline = match self.history(connection, info.timeline).await? {
+            Some(history) => history.timeline_at(from),
+            None => info.timeline,
+        };
+        tracing::info!(%from, %timeline, "archiving begins here");
+        Ok(Start {
+            timeline,
+            position: from,
+            without_overlap: from,
+            sealed_until: from,
+            held_end: from,
+            parts: Vec::new(),
+            max_time: None,
+            open_record: None,
+        })
+    }
+
+    /// Goes on behind what is held, on the same timeline or on the one that follows it by the server's own account.
+    async fn next_start(
+        &self,
+        connection: &mut ReplicationConnection,
+        info: &SystemInfo,
+        held: Held,
+        settings: &AssemblerSettings,
+    ) -> Result<Start, ArchiveError> {
+        let other_branch = || ArchiveError::OtherBranch { server: info.timeline.get(), held: held.timeline.get() };
+        if info.timeline < held.timeline {
+            return Err(ArchiveError::Behind { server: info.flush_lsn, held: held.end });
+        }
+        if info.timeline == held.timeline {
+            // A part that was closed by a switch is not gone on with by the server that was left behind; one that was closed because
+            // WAL behind it was lost is built again, if the server has it after all.
+            let left_behind = held.closed && self.histories_spooled.iter().any(|newer| *newer > held.timeline);
+            if left_behind || info.flush_lsn < held.end {
+                return Err(ArchiveError::Behind { server: info.flush_lsn, held: held.end });
+            }
+            if let Some(segment) = self.missing.first(held.timeline).filter(|segment| segment.end() <= held.sealed_end)
+            {
+                tracing::warn!(%segment, "fetching a lost segment again");
+                return Ok(self.start_at_missing(segment, held));
+            }
+            return Ok(self.start_after(held));
+        }
+        let history = self.history(connection, info.timeline).await?.ok_or_else(other_branch)?;
+        let Some((_, Some(switch))) = history.range_of(held.timeline) else { return Err(other_branch()) };
+        if held.end < switch {
+            return Ok(self.start_after(held));
+        }
+        let next = history.timeline_at(switch);
+        tracing::info!(from = %held.timeline, to = %next, at = %switch, "the timeline changes");
+        if !held.closed {
+            self.seal_partial(settings, &held, switch).await?;
+        }
+        let position = self.segment_size.start_of(switch);
+        Ok(Start {
+            timeline: next,
+            position,
+            without_overlap: position,
+            sealed_until: position,
+            held_end: switch,
+            parts: held.parts,
+            max_time: held.max_time,
+            open_record: held.open_record.filter(|record| *record < position),
+        })
+    }
+
+    fn start_after(&self, held: Held) -> Start {
+        let size = self.segment_size.get();
+        // At a boundary the last whole segment is asked for again, so that there is something to compare (I7).
+        let overlap = if held.end > held.sealed_end {
+            held.sealed_end
+        } else {
+            Lsn::new(held.sealed_end.get().saturating_sub(size))
+        };
+        let mut position = overlap;
+        let open_record = held.open_record.filter(|record| *record < overlap);
+        if let Some(record) = open_record
+            && !held.parts.iter().any(|part| part.start() <= record && record < part.end())
+        {
+            // Not at hand: the server has it, most likely.
+            position = self.segment_size.start_of(record);
+        }
+        Start {
+            timeline: held.timeline,
+            position,
+            without_overlap: held.sealed_end,
+            sealed_until: held.sealed_end,
+            held_end: held.end,
+            parts: held.parts,
+            max_time: held.max_time,
+            open_record: open_record.filter(|record| *record < position),
+        }
+    }
+
+    /// A held segment was lost from the spool. It is built again; what follows it is compared, and is there already.
+    fn start_at_missing(&self, segment: SegmentName, held: Held) -> Start {
+        Start {
+            timeline: held.timeline,
+            position: segment.start(),
+            without_overlap: segment.start(),
+            sealed_until: segment.start(),
+            held_end: held.end,
+            parts: held.parts.into_iter().filter(|part| part.start() >= segment.end()).collect(),
+            max_time: None,
+            open_record: None,
+        }
+    }
+
+    pub(super) async fn history(
+        &self,
+        connection: &mut ReplicationConnection,
+        timeline: TimelineId,
+    ) -> Result<Option<TimelineHistory>, ArchiveError> {
+        if timeline == TimelineId::FIRST {
+            return Ok(Some(TimelineHistory::without_ancestors(timeline)));
+        }
+        let Some(content) = connection.timeline_history(timeline).await? else { return Ok(None) };
+        Ok(Some(TimelineHistory::parse(timeline, &content)?))
+    }
+
+    /// Spools the history files of the chain that the server has, before anything of their timelines is confirmed (I10).
+    async fn store_histories(
+        &mut self,
+        connection: &mut ReplicationConnection,
+        first: TimelineId,
+        last: TimelineId,
+    ) -> Result<(), ArchiveError> {
+        let Some(chain) = self.history(connection, last).await? else { return Ok(()) };
+        let timelines = chain.ancestors().iter().map(|ancestor| ancestor.timeline).chain([last]);
+        for timeline in timelines.filter(|timeline| *timeline != TimelineId::FIRST && *timeline <= last) {
+            if self.histories_spooled.contains(&timeline) {
+                continue;
+            }
+            match connection.timeline_history(timeline).await? {
+                Some(content) => {
+                    let name = self.spool.write_small(Spool::history(timeline), &content)?;
+                    self.backlog.insert(&[small_entry(&name, &content)]);
+                    self.histories_spooled.insert(timeline);
+                }
+                // The newest one has the whole chain.
+                None => tracing::info!(%timeline, streaming = %first, "the server no longer has this history file"),
+            }
+        }
+        Ok(())
+    }
+
+    async fn stream(
+        &mut self,
+        connection: ReplicationConnection,
+        start: Start,
+        settings: AssemblerSettings,
+        status_interval: Duration,
+    ) -> Result<SessionEnd, ArchiveError> {
+        let slot = self.settings.slot.clone();
+        let direct = start.position == start.without_overlap;
+        // Before the stream begins: from then on the server wants answers, and a store may take its time (I11).
+        let assembler = self.assembler(&start, settings).await?;
+        let started = connection.start_replication(Some(&slot), start.position, start.timeline).await;
+        let result = match started {
+            Ok(StartOutcome::Streaming(stream)) => self.receive(stream, start, assembler, status_interval).await,
+            // Nothing more on this timeline: the next connection asks for the one that follows.
+            Ok(StartOutcome::AtEnd { .. }) => Ok(SessionEnd::EndOfTimeline),
+            Err(error) => Err(error.into()),
+        };
+        // The server tells that WAL is gone at once, or only when it comes to read it.
+        match result {
+            Err(ArchiveError::Postgres(error)) if error.is_slot_lost() => {
+                self.way = Way::BehindGap { why: error.to_string(), slot_lost: true };
+                self.board
+                    .raise(CauseCode::SlotLost, format!("slot \"{slot}\" was invalidated by the server: {error}"));
+                Err(ArchiveError::WalGone { why: error.to_string() })
+            }
+            Err(ArchiveError::Postgres(error)) if error.is_wal_removed() => {
+                let behind_gap = Way::BehindGap { why: error.to_string(), slot_lost: false };
+                self.way = if direct { behind_gap } else { Way::WithoutOverlap };
+                Err(ArchiveError::WalGone { why: error.to_string() })
+            }
+            other => {
+                self.way = Way::Overlapping;
+                other
+            }
+        }
+    }
+
+    /// Changes the start by what the session before met.
+    async fn by_way(
+        &mut self,
+        connection: &mut ReplicationConnection,
+        mut start: Start,
+        settings: &AssemblerSettings,
+    ) -> Result<Start, ArchiveError> {
+        match self.way.clone() {
+            Way::Overlapping => Ok(start),
+            // Going on directly behind what is held is possible, but nothing proves that it is the same history.
+            Way::WithoutOverlap => {
+                let at = start.without_overlap;
+                if start.held_end == at {
+                    let message = format!(
+                        "the server no longer has the WAL before {at}, so what is held could not be compared with it"
+                    );
+                    self.board.raise(CauseCode::ContinuityUnproven, message);
+                }
+                start.position = at;
+                Ok(start)
+            }
+            Way::BehindGap { why, slot_lost } => {
+                self.start_behind_gap(connection, start, settings, &why, slot_lost).await
+            }
+        }
+    }
+
+    /// An indexer that stands at `position`, and has seen the record that reaches over it from its beginning, if that is at hand.
+    pub(super) async fn indexer_at(
+        &self,
+        timeline: TimelineId,
+        position: Lsn,
+        open_record: Option<Lsn>,
+        parts: &[HeldPart],
+        branch_max_time: Option<PgTime>,
+    ) -> Result<Indexer, ArchiveError> {
+        let begin = |position| {
+            Indexer::new(IndexerStart {
+                timeline,
+                position,
+                segment_size: self.segment_size,
+                system_identifier: Some(self.system),
+                branch_max_time,
+            })
+        };
+        let first =
+            open_record.and_then(|record| parts.iter().position(|part| part.start() <= record && record < part.end()));
+        let (Some(record), Some(first)) = (open_record, first) else { return Ok(begin(position)) };
+        let page = Lsn::new(record.get() & !(PAGE_BYTES - 1)).max(parts[first].start());
+        let mut indexer = begin(page);
+        let mut at = parts[first].start();
+        let parts = parts[first..].to_vec();
+        let mut bytes = HeldBytes::read(self.spool.clone(), self.system, parts, at, position, &self.stores);
+        while at < position
+            && let Some(chunk) = bytes.next().await?
+        {
+            let skip = usize::try_from(page.bytes_since(at)).unwrap_or(usize::MAX).min(chunk.len());
+            let end = usize::try_from(position.bytes_since(at)).unwrap_or(usize::MAX).min(chunk.len());
+            if skip < end {
+                indexer.feed(&chunk[skip..end])?;
+            }
+            at = Lsn::new(at.get() + chunk.len() as u64); // usize fits
+        }
+        if indexer.position() == position { Ok(indexer) } else { Ok(begin(position)) }
+    }
+
+    async fn assembler(&self, start: &Start, settings: AssemblerSettings) -> Result<Assembler, ArchiveError> {
+        let built = SegmentName::holding(start.timeline, start.sealed_until, self.segment_size);
+        let wanted_cuts = self.wanted_cuts(built).await;
+        let indexer =
+            self.indexer_at(start.timeline, start.position, start.open_record, &start.parts, start.max_time).await?;
+        let first = SegmentName::holding(start.timeline, start.position, self.segment_size);
+        let sealed_until = start.sealed_until.max(start.position);
+        Ok(Assembler::new(settings, self.spool.clone(), indexer, first, sealed_until, wanted_cuts)?)
+    }
+
+    async fn receive(
+        &mut self,
+        stream: WalStream,
+        start: Start,
+        assembler: Assembler,
+        status_interval: Duration,
+    ) -> Result<SessionEnd, ArchiveError> {
+        let position = start.position;
+        let sealed_until = start.sealed_until.max(position);
+        let held_from = start.parts.iter().map(HeldPart::start).find(|part| *part >= position);
+        let held = held_from.filter(|from| *from < start.held_end).map(|from| {
+            let parts = start.parts.iter().filter(|part| part.start() >= from).cloned().collect();
+            HeldBytes::read(self.spool.clone(), self.system, parts, from, start.held_end, &self.stores)
+        });
+        // The open file of last time stays until the new one has caught up with it.
+        let old_open = start.parts.iter().find_map(|part| match part {
+            HeldPart::Open { found, end, .. } => Some((found.path.clone(), *end)),
+            _ => None,
+        });
+        self.tail.clear();
+        self.board.set_timeline(start.timeline);
+        self.board.set_durable(start.held_end);
+        self.backlog.set_sealed_end(start.timeline.get(), start.sealed_until);
+        let disk = DiskSide::start(
+            self.spool.clone(),
+            self.backlog.clone(),
+            self.tail.clone(),
+            self.missing.clone(),
+            self.board.clone(),
+            self.settings.bounds.clone(),
+            start.held_end,
+            sealed_until,
+            old_open,
+        );
+        self.board.set_connected();
+        self.board.clear(CauseCode::SlotMissing);
+        self.board.clear(CauseCode::SpoolFailing);
+        tracing::info!(timeline = %start.timeline, %position, held_to = %start.held_end, "streaming");
+        let receiver = Receiver {
+            stream,
+            assembler,
+            disk,
+            held,
+            settings: &self.settings,
+            segment_size: self.segment_size,
+            status_interval,
+            board: &self.board,
+            archived: self.archived.clone(),
+            missing: self.missing.subscribe(),
+            turn: self.turn.clone(),
+            halt: &self.halt,
+            shutdown: &self.shutdown,
+            server_end: start.held_end,
+            cut_at: Lsn::ZERO,
+            asked_at_end: 0,
+            begun_at: position,
+        };
+        receiver.run().await
+    }
+
+    /// Where the repositories' pieces of the segment to build end: there a stretch must end as well, so that they can be continued.
+    async fn wanted_cuts(&self, segment: SegmentName) -> BTreeSet<u64> {
+        // Where pieces may end that are on their way just now: at any cut of the session before.
+        let mut cuts = self.tail.cuts(segment);
+        for (archive, _) in &self.archives {
+            let (archive, stores) = (archive.clone(), &self.stores);
+            let asked = stores
+                .spawn(async move { tokio::time::timeout(Duration::from_secs(5), archive.pieces(segment)).await });
+            match asked.await {
+                Ok(Ok(Ok(pieces))) => {
+                    let end = PieceChain::of(&pieces).end;
+                    cuts.extend((end > 0).then_some(u64::from(end)));
+                }
+                // Then this segment has no more pieces there; it is stored when it is whole.
+                Ok(Ok(Err(error))) => tracing::debug!(%error, "the stored tail pieces are not known"),
+                Ok(Err(_)) | Err(_) => tracing::debug!("the stored tail pieces are not known: no answer in time"),
+            }
+        }
+        cuts
+    }
+}
+
+/// The queue's record of a small spooled object.
+pub fn small_entry(name: &crate::spool::SpooledName, content: &[u8]) -> QueueEntry {
+    QueueEntry {
+        timeline: name.timeline.get(),
+        order: name.order,
+        relative: name.relative.clone(),
+        stored_size: content.len() as u64, // usize fits
+        crc32: crc32fast::hash(content),
+        stored_in: Vec::new(),
+    }
+}
+
+/// A duration as SHOW prints it: `1min`, `60s`, `500ms`, `0`.
+fn parse_guc_duration(text: &str) -> Option<Duration> {
+    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+    let (number, unit) = text.split_at(digits);
+    let number: u64 = number.parse().ok()?;
+    match unit {
+        "ms" | "" => Some(Duration::from_millis(number)),
+        "s" => Some(Duration::from_secs(number)),
+        "min" => Some(Duration::from_secs(number.checked_mul(60)?)),
+        "h" => Some(Duration::from_secs(number.checked_mul(3600)?)),
+        "d" => Some(Duration::from_secs(number.checked_mul(86_400)?)),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn server_durations_are_read_as_show_prints_them() {
+        for (text, expected) in [("1min", 60_000), ("60s", 60_000), ("500ms", 500), ("0", 0), ("2h", 7_200_000)] {
+            assert_eq!(parse_guc_duration(text), Some(Duration::from_millis(expected)), "{text}");
+        }
+        assert_eq!(parse_guc_duration("soon"), None);
+    }
+}

@@ -1,0 +1,30 @@
+//! The live path: receive, assemble, seal, spool, upload. One server's WAL, contiguous, into every repository.
+//!
+//! ```text
+//! receiver (own thread) ─▶ assembler ─▶ writer ─▶ sealer (disk threads) ─▶ backlog ─▶ uploader (one task per repository)
+//!     ▲                                                │                                  │
+//!     └──────────────── durable position ◀─────────────┘        tail pieces ──────────────┘
+//! ```
+//!
+//! It tells the server no position that is not durable by the chosen policy (I1); it compares what it holds with what the server sends
+//! on every connection (I7); it never writes over anything (I2). It decides nothing about backups or restores.
+
+mod archiver;
+mod assembler;
+mod backlog;
+mod error;
+mod gap;
+mod held;
+mod live;
+mod receiver;
+mod sealer;
+mod tail;
+mod turn;
+mod uploader;
+
+pub use archiver::{Archiver, ArchiverSettings, Target};
+pub use error::{ArchiveError, Halt};
+pub use live::LiveSettings;
+pub use sealer::SpoolBounds;
+
+use error::Missing;

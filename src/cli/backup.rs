@@ -1,0 +1,122 @@
+//! `walden backup`: one base backup now. Beside a running agent it relies on it for the WAL; alone it archives what it needs itself.
+
+use std::sync::Arc;
+
+use tokio_util::sync::CancellationToken;
+
+use super::args::BackupArgs;
+use super::error::CliError;
+use super::output::{Output, size};
+use super::{exit, run::watch_stop};
+use crate::archive::{ArchiveError, Archiver};
+use crate::base_backup::{self, Progress, Stage};
+use crate::config::Settings;
+use crate::daemon::{self, backups};
+use crate::failure::NextStep;
+use crate::postgres::ReplicationConnection;
+use crate::repository::BackupJson;
+use crate::spool::SpoolError;
+
+pub fn run(settings: &Settings, output: &Output, args: &BackupArgs) -> Result<u8, CliError> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    let runtime =
+        runtime.map_err(|e| CliError::from_error(exit::FAILED, &e, "check the limits of this user (ulimit -a)"))?;
+    runtime.block_on(async {
+        let shutdown = CancellationToken::new();
+        watch_stop(shutdown.clone())?;
+        let json = take(settings, output, args, shutdown).await?;
+        if output.is_json() {
+            output.document(&backup_document(&json)?)?;
+        } else {
+            output.line(&format!(
+                "{}  timeline {}  {} to {}  {}, {} stored, {:.1} s",
+                json.id,
+                json.timeline,
+                json.start_lsn,
+                json.stop_lsn,
+                size(json.size_bytes),
+                size(json.stored_bytes),
+                json.duration_seconds
+            ))?;
+        }
+        Ok(exit::DONE)
+    })
+}
+
+fn backup_document(json: &BackupJson) -> Result<serde_json::Value, CliError> {
+    let mut document = serde_json::to_value(json).map_err(|e| CliError::from_error(exit::FAILED, &e, ""))?;
+    if let Some(fields) = document.as_object_mut() {
+        fields.insert("schema".into(), 1.into());
+    }
+    Ok(document)
+}
+
+async fn take(
+    settings: &Settings,
+    output: &Output,
+    args: &BackupArgs,
+    shutdown: CancellationToken,
+) -> Result<BackupJson, CliError> {
+    let refused = |error: daemon::DaemonError| CliError::from_error(error.exit_code(), &error, error.hint());
+    let targets = daemon::open_targets(settings).await.map_err(refused)?;
+    let connect = daemon::postgres_settings(settings).map_err(|e| refused(e.into()))?;
+    let board = daemon::board(settings, &targets);
+    // Asked first, so that a wrong host or password ends here and is not retried.
+    let failed = |e: crate::postgres::PostgresError| CliError::from_error(exit::FAILED, &e, e.hint());
+    let mut connection = ReplicationConnection::connect(&connect).await.map_err(failed)?;
+    let info = connection.identify_system().await.map_err(failed)?;
+    let segment_size = connection.segment_size().await.map_err(failed)?;
+    drop(connection);
+    let mut plan = daemon::archiver_settings(settings, connect.clone());
+    // A running agent is found by its lock at once.
+    plan.lock_patience = std::time::Duration::ZERO;
+    for target in &targets {
+        // A repository that does not answer is an error now, not something to wait for.
+        let failed = |e: crate::storage::StorageError| CliError::from_error(exit::FAILED, &e, e.hint());
+        target.store.probe(&format!("{}/walden-check/", settings.archive.cluster)).await.map_err(failed)?;
+    }
+    let archiver = match Archiver::start(plan, targets.clone(), board.clone(), shutdown.child_token()).await {
+        Ok(archiver) => Some(archiver),
+        Err(ArchiveError::Spool(SpoolError::InUse { .. })) => {
+            output.note("an agent is running here: it archives the WAL");
+            None
+        }
+        Err(error) => {
+            let code = if error.next_step() == NextStep::Stop { exit::REFUSED } else { exit::FAILED };
+            return Err(CliError::new(code, error.describe(), error.hint()));
+        }
+    };
+    let archives: Vec<_> = targets.iter().map(|target| target.repository.bind(info.system_identifier)).collect();
+    let wal = backups::StoredWal { archives: archives.clone(), segment_size };
+    let request = backups::request(settings, &settings.backup, connect, archives, args.label.clone(), &board);
+    let bar = output.progress(None, "base backup");
+    let shown = bar.clone();
+    let progress = move |progress: Progress| {
+        shown.set_length(progress.bytes_total.max(progress.bytes_done));
+        shown.set_position(progress.bytes_done);
+        shown.set_message(match progress.stage {
+            Stage::Checkpoint => "waiting for the checkpoint",
+            Stage::Copy => "copying",
+            Stage::Upload => "storing",
+            Stage::Wal => "waiting for the WAL",
+        });
+    };
+    let backup = base_backup::take(request, &wal, Arc::new(progress), shutdown.child_token());
+    let taken = match &archiver {
+        None => backup.await,
+        Some(archiver) => tokio::select! {
+            taken = backup => taken,
+            () = archiver.halt.halted() => {
+                let why = archiver.halt.reason();
+                let hint = why.as_ref().map_or("", |why| why.hint());
+                return Err(CliError::new(exit::REFUSED, why.as_ref().map_or_else(String::new, |why| why.describe()), hint));
+            }
+        },
+    };
+    bar.finish_and_clear();
+    shutdown.cancel();
+    if let Some(archiver) = archiver {
+        archiver.stopped().await;
+    }
+    taken.map_err(|error| CliError::new(exit::FAILED, backups::describe(&error), error.hint()))
+}

@@ -1,0 +1,198 @@
+//! Base backups of a running agent: the first one, those on schedule, and one behind a gap.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use crate::base_backup::{self, BackupError, BackupRequest, Progress, WalWaiter};
+use crate::config::{BackupSettings, Checkpoint, Settings};
+use crate::postgres::ConnectSettings;
+use crate::repository::{Archive, BackupJson, RepositoryError};
+use crate::storage::{Backoff, BoxError};
+use crate::telemetry::{BackupFacts, Board, CauseCode};
+use crate::wal::{Lsn, PgTime, SegmentSize, TimelineId};
+
+/// How often the repository is looked at while the WAL of a backup is awaited.
+const WAL_POLL: Duration = Duration::from_millis(500);
+/// How often it is looked whether a backup is due.
+const DUE_POLL: Duration = Duration::from_secs(1);
+
+/// Waits for WAL by what the repositories themselves show, whoever brings it there.
+pub struct StoredWal {
+    pub archives: Vec<Archive>,
+    pub segment_size: SegmentSize,
+}
+
+#[async_trait]
+impl WalWaiter for StoredWal {
+    async fn wait_archived(&self, timeline: TimelineId, start: Lsn, stop: Lsn) -> Result<(), BoxError> {
+        for archive in &self.archives {
+            while archive.archived_from(timeline, start, self.segment_size).await?.end < stop {
+                tokio::time::sleep(WAL_POLL).await;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What a backup is told by the configuration.
+pub fn request(
+    settings: &Settings,
+    backup: &BackupSettings,
+    connect: ConnectSettings,
+    archives: Vec<Archive>,
+    label: Option<String>,
+    board: &Board,
+) -> BackupRequest {
+    let board = board.clone();
+    BackupRequest {
+        settings: connect,
+        archives,
+        label,
+        fast_checkpoint: backup.checkpoint == Checkpoint::Fast,
+        max_rate: backup.max_rate,
+        volume_bytes: backup.volume_bytes,
+        compression: settings.archive.compression,
+        compression_level: settings.archive.compression_level,
+        upload_concurrency: settings.upload.concurrency,
+        retry_delay_max: settings.upload.retry_delay_max,
+        wal_timeout: backup.wal_timeout,
+        clock: Arc::new(move || board.server_now().unwrap_or_else(|| PgTime::from_timestamp(jiff::Timestamp::now()))),
+    }
+}
+
+/// Takes the backups of a running agent, one at a time.
+pub struct Backups {
+    pub settings: Settings,
+    pub backup: watch::Receiver<BackupSettings>,
+    pub connect: ConnectSettings,
+    pub archives: Vec<Archive>,
+    pub segment_size: SegmentSize,
+    pub board: Board,
+    pub shutdown: CancellationToken,
+}
+
+impl Backups {
+    pub async fn run(mut self) {
+        let Some(mut wanted) = self.look_at_repositories().await else { return };
+        let mut backoff = Backoff::new(self.settings.upload.retry_delay_max);
+        let mut last_look = jiff::Timestamp::now();
+        let mut not_before = tokio::time::Instant::now();
+        loop {
+            tokio::select! {
+                () = tokio::time::sleep(DUE_POLL) => {}
+                () = self.shutdown.cancelled() => return,
+            }
+            let now = jiff::Timestamp::now();
+            let settings = self.backup.borrow_and_update().clone();
+            let due = settings
+                .schedule
+                .as_ref()
+                .and_then(|schedule| schedule.next_after(last_look))
+                .is_some_and(|at| at <= now);
+            last_look = now;
+            wanted |= due || (settings.initial && self.board.is_raised(CauseCode::Gap));
+            // Without a stream the WAL of a backup would not come.
+            if !wanted || tokio::time::Instant::now() < not_before || self.board.is_raised(CauseCode::NotConnected) {
+                continue;
+            }
+            match self.take(&settings).await {
+                Ok(_) => {
+                    wanted = false;
+                    backoff.reset();
+                    if self.look_at_repositories().await.is_none() {
+                        return;
+                    }
+                }
+                Err(_) if self.shutdown.is_cancelled() => return,
+                Err(error) => {
+                    self.board.backup_failed(format!("{}; {}", describe(&error), error.hint()));
+                    not_before = tokio::time::Instant::now() + backoff.next_delay();
+                }
+            }
+        }
+    }
+
+    async fn take(&self, backup: &BackupSettings) -> Result<BackupJson, BackupError> {
+        self.board.backup_started();
+        let wal = StoredWal { archives: self.archives.clone(), segment_size: self.segment_size };
+        let request = request(&self.settings, backup, self.connect.clone(), self.archives.clone(), None, &self.board);
+        let gap_before = self.board.is_raised(CauseCode::Gap);
+        let unproven_before = self.board.is_raised(CauseCode::ContinuityUnproven);
+        tracing::info!("base backup begins");
+        let json = base_backup::take(request, &wal, Arc::new(|_: Progress| {}), self.shutdown.child_token()).await?;
+        tracing::info!(id = %json.id, bytes = json.size_bytes, seconds = json.duration_seconds, "base backup is complete");
+        self.board.backup_succeeded(facts(&json));
+        // Every moment from here on can be restored again; the gap itself stays in the lists.
+        if gap_before {
+            self.board.clear(CauseCode::Gap);
+            self.board.clear(CauseCode::SlotLost);
+        }
+        if unproven_before {
+            self.board.clear(CauseCode::ContinuityUnproven);
+        }
+        Ok(json)
+    }
+
+    /// Shows the last backup and the window to the present. `Some(true)` if the first repository has no backup that reaches it.
+    async fn look_at_repositories(&self) -> Option<bool> {
+        let mut backoff = Backoff::new(self.settings.upload.retry_delay_max);
+        loop {
+            let error = match self.look_once().await {
+                Ok(usable) => return Some(self.backup.borrow().initial && !usable),
+                Err(error) => error,
+            };
+            tracing::debug!(%error, "the repository's backups are not known");
+            tokio::select! {
+                () = tokio::time::sleep(backoff.next_delay()) => {}
+                () = self.shutdown.cancelled() => return None,
+            }
+        }
+    }
+
+    async fn look_once(&self) -> Result<bool, RepositoryError> {
+        let Some(archive) = self.archives.first() else { return Ok(true) };
+        let catalog = archive.catalog().await?;
+        self.board.set_last_backup(catalog.backups.last().map(facts));
+        // The window that reaches the present is the one that ends last on the newest timeline.
+        let newest = catalog.newest_timeline();
+        let windows = catalog.windows();
+        let present =
+            windows.iter().filter(|window| Some(window.timeline) == newest).max_by_key(|window| window.to_lsn);
+        let end = newest.and_then(|timeline| catalog.timelines.get(&timeline)).and_then(|wal| wal.last_byte());
+        let present = present.filter(|window| Some(window.to_lsn) == end);
+        self.board.set_window_start(present.and_then(|window| window.from_time));
+        Ok(present.is_some())
+    }
+}
+
+fn facts(json: &BackupJson) -> BackupFacts {
+    BackupFacts {
+        id: json.id.to_string(),
+        timeline: json.timeline,
+        start_lsn: json.start_lsn,
+        stop_lsn: json.stop_lsn,
+        start_time: json.start_time,
+        stop_time: json.stop_time,
+        duration_seconds: json.duration_seconds,
+        size_bytes: json.size_bytes,
+        stored_bytes: json.stored_bytes,
+    }
+}
+
+/// The message with its causes, in one line.
+pub fn describe(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.ends_with(&cause_text) {
+            text.push_str(&format!(": {cause_text}"));
+        }
+        source = cause.source();
+    }
+    text
+}

@@ -1,0 +1,235 @@
+//! Starts, supervises and stops the jobs of one cluster: archiving, base backups, observation, HTTP.
+//!
+//! Every task is named here and joined here. Shutdown comes in from outside as a token.
+
+pub mod backups;
+mod observe;
+mod stores;
+
+pub use stores::{open_targets, postgres_settings};
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+
+use crate::archive::{ArchiveError, Archiver, ArchiverSettings, LiveSettings, SpoolBounds};
+use crate::config::{BackupSettings, Durability, Settings};
+use crate::failure::NextStep;
+use crate::monitor::Monitor;
+use crate::postgres::ConnectSettings;
+use crate::storage::Backoff;
+use crate::telemetry::{Board, BoardRepository, BoardSetup, CauseCode, SystemClock};
+
+/// How often new bytes of the open segment become durable when the tail is off.
+const CUT_INTERVAL: Duration = Duration::from_secs(1);
+/// A killed predecessor may need a moment to be gone.
+const LOCK_PATIENCE: Duration = Duration::from_secs(3);
+/// A start that is refused is refused within this time.
+const START_TIME: Duration = Duration::from_secs(5);
+const EVALUATE_INTERVAL: Duration = Duration::from_secs(1);
+
+/// What ended the daemon at its start.
+#[derive(Debug, thiserror::Error)]
+pub enum DaemonError {
+    #[error(transparent)]
+    Postgres(#[from] crate::postgres::PostgresError),
+    #[error(transparent)]
+    Store(#[from] crate::storage::StorageError),
+    #[error(transparent)]
+    Repository(#[from] crate::repository::RepositoryError),
+    #[error(transparent)]
+    Archive(#[from] ArchiveError),
+}
+
+impl DaemonError {
+    pub fn hint(&self) -> &'static str {
+        match self {
+            Self::Postgres(e) => e.hint(),
+            Self::Store(e) => e.hint(),
+            Self::Repository(e) => e.hint(),
+            Self::Archive(e) => e.hint(),
+        }
+    }
+
+    /// 2 for what another configuration cures, 4 for a refusal.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Postgres(_) | Self::Store(_) | Self::Repository(_) => 2,
+            Self::Archive(ArchiveError::NoConditions { .. }) => 2,
+            Self::Archive(e) if e.next_step() == NextStep::Stop => 4,
+            Self::Archive(_) => 1,
+        }
+    }
+}
+
+/// The board of a configuration.
+pub fn board(settings: &Settings, targets: &[crate::archive::Target]) -> Board {
+    Board::new(BoardSetup {
+        cluster: settings.archive.cluster.clone(),
+        slot: settings.postgres.slot.clone(),
+        repositories: targets
+            .iter()
+            .map(|target| BoardRepository {
+                name: target.repository.name().into(),
+                url: target.repository.url(),
+                required: target.required,
+            })
+            .collect(),
+        alert: settings.alert,
+        clock: Arc::new(SystemClock::new()),
+    })
+}
+
+/// The archiver's part of the configuration.
+pub fn archiver_settings(settings: &Settings, connect: ConnectSettings) -> ArchiverSettings {
+    ArchiverSettings {
+        live: LiveSettings {
+            connect,
+            slot: settings.postgres.slot.clone(),
+            create_slot: settings.postgres.create_slot,
+            status_interval: settings.postgres.status_interval,
+            compression: settings.archive.compression,
+            compression_level: settings.archive.compression_level,
+            durable_in_repository: settings.archive.durability == Durability::Repository,
+            cut_interval: settings.archive.tail_interval.unwrap_or(CUT_INTERVAL),
+            cut_bytes: settings.archive.tail_interval.map(|_| settings.archive.tail_bytes),
+            bounds: SpoolBounds { bytes_max: settings.spool.bytes_max, free_bytes_min: settings.spool.free_bytes_min },
+            retry_delay_max: settings.upload.retry_delay_max,
+        },
+        cluster: settings.archive.cluster.clone(),
+        spool_path: settings.spool.path.clone(),
+        state_path: settings.state.path.clone(),
+        lock_patience: LOCK_PATIENCE,
+        tail: settings.archive.tail_interval.is_some(),
+        upload_concurrency: settings.upload.concurrency,
+        stop_timeout: settings.archive.stop_timeout,
+    }
+}
+
+/// Runs the agent until the token is cancelled. Each message on `reloads` reads the configuration again. `Err` only for what was
+/// refused at the start.
+pub async fn run(
+    settings: Settings,
+    shutdown: CancellationToken,
+    reloads: tokio::sync::mpsc::Receiver<()>,
+) -> Result<(), DaemonError> {
+    let targets = open_targets(&settings).await?;
+    let connect = postgres_settings(&settings)?;
+    let board = board(&settings, &targets);
+    let mut tasks = tokio::task::JoinSet::new();
+    if let Some(listen) = &settings.metrics.listen {
+        match Monitor::bind(listen, board.clone()).await {
+            Ok(monitor) => {
+                tracing::info!(address = %monitor.address(), "serving metrics and status");
+                tasks.spawn(monitor.serve(shutdown.clone()));
+            }
+            // Archiving matters more than being watched; the log and the missing scrape tell.
+            Err(error) => {
+                let why = std::error::Error::source(&error).map(|why| format!(": {why}")).unwrap_or_default();
+                let message = format!("{error}{why}, so the agent goes on without HTTP; {}", error.hint());
+                tasks.spawn(tell_later(message, shutdown.clone()));
+            }
+        }
+    }
+    tasks.spawn(evaluate(board.clone(), shutdown.clone()));
+    let (backup, backup_seen) = tokio::sync::watch::channel(settings.backup.clone());
+    tasks.spawn(reload(settings.clone(), board.clone(), backup, reloads, shutdown.clone()));
+    let result = archive(&settings, connect, targets, &board, &shutdown, &mut tasks, backup_seen).await;
+    shutdown.cancel();
+    while let Some(ended) = tasks.join_next().await {
+        if let Err(panic) = ended {
+            tracing::error!(%panic, "a task panicked");
+        }
+    }
+    result
+}
+
+async fn archive(
+    settings: &Settings,
+    connect: ConnectSettings,
+    targets: Vec<crate::archive::Target>,
+    board: &Board,
+    shutdown: &CancellationToken,
+    tasks: &mut tokio::task::JoinSet<()>,
+    backup: tokio::sync::watch::Receiver<BackupSettings>,
+) -> Result<(), DaemonError> {
+    let plan = archiver_settings(settings, connect.clone());
+    let mut backoff = Backoff::new(settings.upload.retry_delay_max);
+    // What can heal without a new configuration is told and tried again; what cannot ends the agent here, at its start.
+    let archiver = loop {
+        match Archiver::start(plan.clone(), targets.clone(), board.clone(), shutdown.clone()).await {
+            Ok(archiver) => break archiver,
+            Err(ArchiveError::Stopping) => return Ok(()),
+            Err(error) if error.next_step() == NextStep::Stop => return Err(error.into()),
+            Err(error) => board.raise(CauseCode::SpoolFailing, format!("{}; {}", error.describe(), error.hint())),
+        }
+        tokio::select! {
+            () = tokio::time::sleep(backoff.next_delay()) => {}
+            () = shutdown.cancelled() => return Ok(()),
+        }
+    };
+    board.clear(CauseCode::SpoolFailing);
+    tasks.spawn(
+        backups::Backups {
+            settings: settings.clone(),
+            backup,
+            connect: connect.clone(),
+            archives: archiver.archives.clone(),
+            segment_size: archiver.segment_size,
+            board: board.clone(),
+            shutdown: shutdown.clone(),
+        }
+        .run(),
+    );
+    tasks.spawn(observe::observe(connect, settings.clone(), board.clone(), shutdown.clone()));
+    shutdown.cancelled().await;
+    tracing::info!("stopping: shipping what is there");
+    archiver.stopped().await;
+    Ok(())
+}
+
+/// Takes over what may change while the agent runs: thresholds and the backup schedule. A broken file changes nothing.
+async fn reload(
+    settings: Settings,
+    board: Board,
+    backup: tokio::sync::watch::Sender<BackupSettings>,
+    mut reloads: tokio::sync::mpsc::Receiver<()>,
+    shutdown: CancellationToken,
+) {
+    loop {
+        tokio::select! {
+            asked = reloads.recv() => if asked.is_none() { return },
+            () = shutdown.cancelled() => return,
+        }
+        match settings.reload() {
+            Ok(new) => {
+                board.set_alert(new.alert);
+                backup.send_replace(new.backup.clone());
+                tracing::info!(
+                    "configuration read again: [alert] and [backup] are in force; other changes need a restart"
+                );
+            }
+            Err(error) => tracing::error!(hint = error.hint(), "the configuration stays as it was: {error}"),
+        }
+    }
+}
+
+/// An agent that was started twice is refused in a moment, and that alone is what it should say.
+async fn tell_later(message: String, shutdown: CancellationToken) {
+    tokio::select! {
+        () = tokio::time::sleep(START_TIME) => tracing::error!("{message}"),
+        () = shutdown.cancelled() => {}
+    }
+}
+
+/// Alerts are judged once a second, also when nobody asks.
+async fn evaluate(board: Board, shutdown: CancellationToken) {
+    let mut tick = tokio::time::interval(EVALUATE_INTERVAL);
+    loop {
+        tokio::select! {
+            _ = tick.tick() => board.evaluate(),
+            () = shutdown.cancelled() => return,
+        }
+    }
+}

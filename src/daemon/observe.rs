@@ -1,0 +1,119 @@
+//! Asks the server every few seconds what only it knows: its clock, its flush position, the slot. Nothing waits for the answers.
+
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+
+use crate::config::{Durability, Settings};
+use crate::failure::NextStep;
+use crate::postgres::{ConnectSettings, PostgresError, ReplicationConnection, Sql};
+use crate::telemetry::{Board, CauseCode, SlotFacts};
+
+const INTERVAL: Duration = Duration::from_secs(2);
+/// How long the way without SQL is kept before SQL is tried again.
+const SQL_RETRY: Duration = Duration::from_secs(60);
+
+pub async fn observe(connect: ConnectSettings, settings: Settings, board: Board, shutdown: CancellationToken) {
+    let mut observer = Observer { connect, settings, board, sql: None, replication: None, sql_after: None };
+    let mut tick = tokio::time::interval(INTERVAL);
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            _ = tick.tick() => {}
+            () = shutdown.cancelled() => return,
+        }
+        tokio::select! {
+            () = observer.look() => {}
+            () = shutdown.cancelled() => return,
+        }
+    }
+}
+
+struct Observer {
+    connect: ConnectSettings,
+    settings: Settings,
+    board: Board,
+    sql: Option<Sql>,
+    replication: Option<ReplicationConnection>,
+    /// SQL was refused: not tried again before this.
+    sql_after: Option<tokio::time::Instant>,
+}
+
+impl Observer {
+    async fn look(&mut self) {
+        self.board.set_spool_free(crate::disk::Disk::default().free_bytes(&self.settings.spool.path).ok());
+        if self.sql.is_none() && self.sql_after.is_none_or(|after| tokio::time::Instant::now() >= after) {
+            match Sql::connect(&self.connect).await {
+                Ok(sql) => {
+                    self.sql = Some(sql);
+                    self.replication = None;
+                    self.board.clear(CauseCode::NoSql);
+                }
+                Err(error) => self.without_sql(&error),
+            }
+        }
+        let looked = match &self.sql {
+            Some(sql) => ask_sql(sql, &self.board, &self.settings).await,
+            None => self.ask_replication().await,
+        };
+        if let Err(error) = looked {
+            tracing::debug!(%error, "the server's position is not known");
+            self.sql = None;
+            self.replication = None;
+        }
+    }
+
+    /// SQL is optional: without it the slot is not known, and the replication connection tells the position.
+    fn without_sql(&mut self, error: &PostgresError) {
+        if error.is_auth() || error.next_step() == NextStep::Stop {
+            self.sql_after = Some(tokio::time::Instant::now() + SQL_RETRY);
+            let message = format!("{error}; slot figures are unknown; {}", error.hint());
+            self.board.raise(CauseCode::NoSql, message);
+            self.board.set_slot(None);
+        }
+    }
+
+    async fn ask_replication(&mut self) -> Result<(), PostgresError> {
+        let mut connection = match self.replication.take() {
+            Some(connection) => connection,
+            None => ReplicationConnection::connect(&self.connect).await?,
+        };
+        // Before asking, so that every commit acknowledged before it lies before the position (I19).
+        let Some(now) = self.board.server_now() else {
+            // No keepalive has told the server's clock yet.
+            self.replication = Some(connection);
+            return Ok(());
+        };
+        let info = connection.identify_system().await?;
+        self.board.note_flush_sample(now, info.flush_lsn);
+        self.replication = Some(connection);
+        Ok(())
+    }
+}
+
+async fn ask_sql(sql: &Sql, board: &Board, settings: &Settings) -> Result<(), PostgresError> {
+    let (time, flush) = sql.flush_position().await?;
+    if !flush.is_zero() {
+        board.note_flush_sample(time, flush);
+    }
+    board.note_server_clock(time);
+    let slot = sql.slot(&settings.postgres.slot).await?;
+    board.set_slot(slot.map(|slot| SlotFacts {
+        restart_lsn: slot.restart_lsn,
+        wal_status: slot.wal_status,
+        retained_bytes: slot.retained_bytes,
+    }));
+    let state = sql.sync_state(&settings.postgres.application_name).await?;
+    let names = sql.setting("synchronous_standby_names").await?.unwrap_or_default();
+    let asked = names.contains(&settings.postgres.application_name);
+    match state.as_deref() {
+        Some(state @ ("sync" | "quorum")) if !asked && settings.archive.durability == Durability::Spool => {
+            let message = format!(
+                "the server waits for Walden at every commit (sync_state {state}) because synchronous_standby_names is '{names}'; name your standbys there"
+            );
+            board.raise(CauseCode::UnexpectedSync, message);
+        }
+        _ => board.clear(CauseCode::UnexpectedSync),
+    }
+    Ok(())
+}

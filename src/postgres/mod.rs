@@ -1,0 +1,33 @@
+//! One server: connection, replication messages, slots, BASE_BACKUP, SQL.
+//!
+//! The replication connection is a thin layer of our own: framing, start-up, authentication, physical streaming and base backups.
+//! The server is not trusted (I17): every length is checked before use, and memory is bounded by this room, not by the sender.
+//! Settings are libpq's. Nothing here decides what is acknowledged; `WalStream::send_status` sends what it is told.
+//!
+//! Not here: what the WAL says (`wal`), where it is kept, when to connect again.
+
+mod answer;
+mod base_backup;
+mod conninfo;
+mod control_file;
+mod error;
+mod files;
+mod hosts;
+mod options;
+mod replication;
+mod secret;
+mod settings;
+mod socket;
+mod sql;
+mod startup;
+mod wal_stream;
+mod wire;
+
+pub use base_backup::{BackupEvent, BackupOptions, BaseBackup, Tablespace};
+pub use control_file::{ControlFile, ControlFileError, DatabaseState};
+pub use error::{PostgresError, ServerMessage};
+pub use replication::{CreateOutcome, ReplicationConnection, SlotState, StartOutcome, SystemInfo};
+pub use secret::Secret;
+pub use settings::ConnectSettings;
+pub use sql::{ReplicationPlaces, RoleInfo, SlotInfo, Sql};
+pub use wal_stream::{EndOfStream, WalMessage, WalStream};

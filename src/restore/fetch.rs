@@ -1,0 +1,497 @@
+//! Brings a planned backup to a directory: parts in parallel, every file checked, `global/pg_control` last.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use bytes::Bytes;
+use futures_util::{StreamExt, TryStreamExt, stream};
+use tokio::sync::mpsc;
+
+use super::RestoreError;
+use super::configure::{self, Configuration};
+use super::directory::{Directory, InnerPath};
+use super::manifest::{MANIFEST_BYTES_MAX, Manifest};
+use super::resolve::Plan;
+use super::tar::TarReader;
+use super::volume::{Destination, Seen, VolumeError, VolumeWriter};
+use crate::repository::{BackupTablespace, StoredPart};
+use crate::seal::{Compression, SealError, StreamDecoder};
+use crate::storage::ObjectStream;
+
+/// Chunks that may wait between the network and the disk, per part.
+const CHUNKS: usize = 8;
+
+/// Told how much of the backup's raw bytes has been written.
+pub trait FetchProgress: Send + Sync {
+    fn advance(&self, bytes: u64);
+}
+
+/// `--tablespace-map OLD=NEW`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TablespaceMap {
+    pub old: PathBuf,
+    pub new: PathBuf,
+}
+
+#[derive(Clone, Debug)]
+pub struct RestoreOptions {
+    /// Absolute.
+    pub pgdata: PathBuf,
+    pub tablespaces: Vec<TablespaceMap>,
+    /// Rename what stands in the way.
+    pub force: bool,
+    /// Parts at the same time; at least 1.
+    pub jobs: usize,
+}
+
+/// What was done, for the last lines of the command.
+#[derive(Clone, Debug)]
+pub struct Restored {
+    pub pgdata: PathBuf,
+    /// What was renamed by `--force`: from, to.
+    pub renamed: Vec<(PathBuf, PathBuf)>,
+    pub notes: Vec<String>,
+}
+
+/// Restores by the plan. On any error the directory cannot be started: `global/pg_control` is the last file written.
+pub async fn restore(
+    plan: &Plan,
+    options: &RestoreOptions,
+    configuration: &Configuration,
+    progress: Arc<dyn FetchProgress>,
+) -> Result<Restored, RestoreError> {
+    // Everything that can be refused is refused before the first change.
+    let places = Places::check(plan, options)?;
+    let manifest = match &plan.backup.manifest {
+        Some(part) => Some(fetch_manifest(plan, part).await?),
+        None => None,
+    };
+    let renamed = places.clear(options.force)?;
+    let destination = Arc::new(places.open(plan, manifest)?);
+    check_space(&destination)?;
+    let volumes = plan.backup.volumes.iter();
+    stream::iter(volumes)
+        .map(|part| fetch_volume(plan, part, destination.clone(), progress.clone()))
+        .buffer_unordered(options.jobs.max(1))
+        .try_collect::<()>()
+        .await?;
+    destination.check_complete()?;
+    let (destination, configuration, plan) = (destination.clone(), configuration.clone(), plan.clone());
+    let pgdata = options.pgdata.clone();
+    let finished = tokio::task::spawn_blocking(move || finish(&destination, &places, &configuration, &plan));
+    let notes = finished.await.map_err(|e| panicked(&e))??;
+    Ok(Restored { pgdata, renamed, notes })
+}
+
+fn panicked(error: &tokio::task::JoinError) -> RestoreError {
+    RestoreError::Server {
+        what: format!("was not restored: a thread failed ({error})"),
+        hint: "report it: this should not happen",
+    }
+}
+
+/// The directories that a restore fills.
+#[derive(Clone, Debug)]
+struct Places {
+    pgdata: PathBuf,
+    tablespaces: BTreeMap<u32, PathBuf>,
+}
+
+impl Places {
+    fn check(plan: &Plan, options: &RestoreOptions) -> Result<Self, RestoreError> {
+        let places = Self {
+            pgdata: options.pgdata.clone(),
+            tablespaces: tablespace_places(&plan.backup.tablespaces, &options.tablespaces)?,
+        };
+        let mut all: Vec<&Path> = places.all().collect();
+        all.sort_unstable();
+        if let Some(pair) = all.windows(2).find(|pair| pair[1].starts_with(pair[0])) {
+            return Err(RestoreError::Target {
+                why: format!("{} lies in {}", pair[1].display(), pair[0].display()),
+                hint: "give the data directory and each tablespace a directory of its own (`--tablespace-map OLD=NEW`)",
+            });
+        }
+        for path in places.all() {
+            refuse_running(path)?;
+            if !is_empty(path)? && !options.force {
+                return Err(RestoreError::NotEmpty { path: path.into() });
+            }
+        }
+        Ok(places)
+    }
+
+    fn all(&self) -> impl Iterator<Item = &Path> {
+        std::iter::once(self.pgdata.as_path()).chain(self.tablespaces.values().map(PathBuf::as_path))
+    }
+
+    /// Renames what is not empty to `<path>.before-<UTC>`; deletes nothing.
+    fn clear(&self, force: bool) -> Result<Vec<(PathBuf, PathBuf)>, RestoreError> {
+        let mut renamed = Vec::new();
+        for path in self.all() {
+            if is_empty(path)? {
+                continue;
+            }
+            if !force {
+                return Err(RestoreError::NotEmpty { path: path.into() });
+            }
+            // A link given as the directory stays; what it leads to is renamed.
+            let real = path.canonicalize().map_err(RestoreError::io("found", path))?;
+            let stamp = jiff::Timestamp::now().strftime("%Y%m%dT%H%M%SZ").to_string();
+            let mut name = real.clone().into_os_string();
+            name.push(format!(".before-{stamp}"));
+            let to = PathBuf::from(name);
+            let rename = crate::disk::Disk::default().rename_new(&real, &to);
+            rename.map_err(RestoreError::io("renamed", &real))?;
+            if real != *path {
+                // The link would dangle.
+                Directory::open_or_create(&real).map_err(RestoreError::io("created", &real))?;
+            }
+            renamed.push((real, to));
+        }
+        Ok(renamed)
+    }
+
+    fn open(&self, plan: &Plan, manifest: Option<Manifest>) -> Result<Destination, RestoreError> {
+        let open = |path: &Path| Directory::open_or_create(path).map_err(RestoreError::io("created", path));
+        let tablespaces: Result<_, RestoreError> =
+            self.tablespaces.iter().map(|(oid, path)| Ok((*oid, open(path)?))).collect();
+        Ok(Destination {
+            backup: plan.backup.id.to_string(),
+            main: open(&self.pgdata)?,
+            tablespaces: tablespaces?,
+            manifest,
+            seen: Mutex::new(Seen::default()),
+        })
+    }
+}
+
+/// Where each tablespace goes. One inside the data directory (a relative location) needs no place of its own.
+fn tablespace_places(
+    tablespaces: &[BackupTablespace],
+    map: &[TablespaceMap],
+) -> Result<BTreeMap<u32, PathBuf>, RestoreError> {
+    for entry in map {
+        if !tablespaces.iter().any(|tablespace| Path::new(&tablespace.location) == entry.old) {
+            let known: Vec<&str> = tablespaces.iter().map(|tablespace| tablespace.location.as_str()).collect();
+            let known = if known.is_empty() { "none".into() } else { known.join(", ") };
+            return Err(RestoreError::Target {
+                why: format!("the backup has no tablespace at {} (it has: {known})", entry.old.display()),
+                hint: "correct `--tablespace-map OLD=NEW`",
+            });
+        }
+    }
+    let mut places = BTreeMap::new();
+    for tablespace in tablespaces {
+        let location = PathBuf::from(&tablespace.location);
+        if !location.is_absolute() {
+            continue;
+        }
+        let mapped = map.iter().rev().find(|entry| entry.old == location);
+        let place = mapped.map_or(&location, |entry| &entry.new);
+        // PostgreSQL's `tablespace_map` and its links: no relative paths, and no characters that its file would need to escape.
+        let plain = place.to_str().is_some_and(|text| !text.contains(['\n', '\r', '\\']));
+        if !place.is_absolute() || !plain {
+            return Err(RestoreError::Target {
+                why: format!("{} cannot be a tablespace's directory", place.display()),
+                hint: "give an absolute path without backslashes and line ends in `--tablespace-map OLD=NEW`",
+            });
+        }
+        places.insert(tablespace.oid, place.clone());
+    }
+    Ok(places)
+}
+
+/// Refuses a directory in which a server lives. A `postmaster.pid` of a process that is gone is only part of a non-empty directory.
+fn refuse_running(path: &Path) -> Result<(), RestoreError> {
+    let file = path.join("postmaster.pid");
+    let content = match std::fs::read(&file) {
+        Ok(content) => content,
+        Err(error) if matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory) => {
+            return Ok(());
+        }
+        Err(source) => return Err(RestoreError::Io { what: "read", path: file, source }),
+    };
+    let first = String::from_utf8_lossy(&content);
+    // A negative number is a standalone backend's.
+    let pid = first.lines().next().and_then(|line| line.trim().parse::<i32>().ok()).map(|pid| pid.saturating_abs());
+    let Some(pid) = pid else { return Ok(()) };
+    let alive = rustix::process::Pid::from_raw(pid)
+        .is_some_and(|process| !matches!(rustix::process::test_kill_process(process), Err(rustix::io::Errno::SRCH)));
+    if alive { Err(RestoreError::ServerRunning { path: path.into(), pid }) } else { Ok(()) }
+}
+
+fn is_empty(path: &Path) -> Result<bool, RestoreError> {
+    match std::fs::read_dir(path) {
+        Ok(mut entries) => Ok(entries.next().is_none()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(true),
+        Err(source) => Err(RestoreError::Io { what: "read", path: path.into(), source }),
+    }
+}
+
+/// The sum of the manifest's sizes must fit where it goes. Only a first look: other programs write too.
+fn check_space(destination: &Destination) -> Result<(), RestoreError> {
+    let Some(manifest) = &destination.manifest else { return Ok(()) };
+    let mut needed: BTreeMap<u64, (u64, &Directory)> = BTreeMap::new();
+    let mut elsewhere: BTreeMap<u32, u64> = BTreeMap::new();
+    fn io(directory: &Directory) -> impl FnOnce(std::io::Error) -> RestoreError + use<> {
+        RestoreError::io("examined", directory.path().to_path_buf())
+    }
+    let main = destination.main.device().map_err(io(&destination.main))?;
+    needed.insert(main, (0, &destination.main));
+    for (oid, directory) in &destination.tablespaces {
+        let device = directory.device().map_err(io(directory))?;
+        needed.entry(device).or_insert((0, directory));
+        elsewhere.insert(*oid, device);
+    }
+    for (path, file) in &manifest.files {
+        let device = path.in_tablespace().and_then(|(oid, _)| elsewhere.get(&oid).copied()).unwrap_or(main);
+        if let Some((bytes, _)) = needed.get_mut(&device) {
+            *bytes = bytes.saturating_add(file.size);
+        }
+    }
+    for (bytes, directory) in needed.values() {
+        let free = directory.free_bytes().map_err(io(directory))?;
+        if *bytes > free {
+            return Err(RestoreError::Io {
+                what: "filled",
+                path: directory.path().into(),
+                source: std::io::Error::new(
+                    std::io::ErrorKind::StorageFull,
+                    format!("the backup needs {bytes} bytes and {free} are free"),
+                ),
+            });
+        }
+    }
+    Ok(())
+}
+
+/// A part's key tells how it is compressed.
+fn compression_of(key: &str) -> Option<Compression> {
+    key.rsplit_once('.').and_then(|(_, suffix)| Compression::from_suffix(suffix))
+}
+
+async fn open_part(plan: &Plan, part: &StoredPart) -> Result<(ObjectStream, Compression), RestoreError> {
+    let Some(compression) = compression_of(&part.key) else {
+        let why = format!("{} is compressed in a way that is not known", part.key);
+        return Err(RestoreError::DamagedBackup { backup: plan.backup.id.to_string(), why });
+    };
+    let key = plan.archive.keys().backup_object(&plan.backup.id, &part.key);
+    Ok((plan.archive.get_stream(&key).await?, compression))
+}
+
+/// Decodes one stored part and checks its sizes and checksums against the list that names it.
+struct PartDecoder<'a> {
+    part: &'a StoredPart,
+    decoder: StreamDecoder,
+    stored: (crc32fast::Hasher, u64),
+    raw: crc32fast::Hasher,
+}
+
+impl<'a> PartDecoder<'a> {
+    fn new(part: &'a StoredPart, compression: Compression) -> Result<Self, SealError> {
+        let decoder = StreamDecoder::new(compression, part.raw_bytes)?;
+        Ok(Self { part, decoder, stored: (crc32fast::Hasher::new(), 0), raw: crc32fast::Hasher::new() })
+    }
+
+    fn push<E: From<SealError>>(
+        &mut self,
+        stored: &[u8],
+        mut sink: impl FnMut(&[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        self.stored.0.update(stored);
+        self.stored.1 += stored.len() as u64; // usize fits
+        if self.stored.1 > self.part.stored_bytes {
+            return Err(SealError::Size { expected: self.part.stored_bytes, found: self.stored.1 }.into());
+        }
+        let hasher = &mut self.raw;
+        self.decoder.push(stored, |raw| {
+            hasher.update(raw);
+            sink(raw)
+        })
+    }
+
+    fn finish(self) -> Result<(), SealError> {
+        self.decoder.finish()?;
+        let (part, raw_bytes) = (self.part, self.decoder.raw_size());
+        for (expected, found) in [(part.stored_bytes, self.stored.1), (part.raw_bytes, raw_bytes)] {
+            if expected != found {
+                return Err(SealError::Size { expected, found });
+            }
+        }
+        let checks = [
+            ("CRC-32 of the stored bytes", part.stored_crc32, self.stored.0.finalize()),
+            ("CRC-32 of the contents", part.raw_crc32, self.raw.finalize()),
+        ];
+        for (what, expected, found) in checks {
+            if expected != found {
+                return Err(SealError::Checksum { what, expected, found });
+            }
+        }
+        Ok(())
+    }
+}
+
+async fn fetch_manifest(plan: &Plan, part: &StoredPart) -> Result<Manifest, RestoreError> {
+    let damaged = |source| damaged_part(plan, part, source);
+    let wrong = |why| RestoreError::DamagedBackup { backup: plan.backup.id.to_string(), why };
+    if part.raw_bytes > MANIFEST_BYTES_MAX {
+        return Err(wrong(format!("its manifest has {} bytes", part.raw_bytes)));
+    }
+    let (mut stored, compression) = open_part(plan, part).await?;
+    let mut decoder = PartDecoder::new(part, compression).map_err(damaged)?;
+    let mut raw = Vec::new();
+    while let Some(chunk) = stored.try_next().await.map_err(crate::repository::RepositoryError::from)? {
+        let pushed = decoder.push(&chunk, |bytes| {
+            raw.extend_from_slice(bytes);
+            Ok(())
+        });
+        pushed.map_err(damaged)?;
+    }
+    decoder.finish().map_err(damaged)?;
+    let parsed = tokio::task::spawn_blocking(move || Manifest::parse(&raw)).await.map_err(|e| panicked(&e))?;
+    let manifest = parsed.map_err(wrong)?;
+    match manifest.system_identifier {
+        Some(found) if found != plan.archive.system() => Err(wrong(format!("its manifest is one of system {found}"))),
+        _ => Ok(manifest),
+    }
+}
+
+fn damaged_part(plan: &Plan, part: &StoredPart, source: SealError) -> RestoreError {
+    RestoreError::DamagedPart { backup: plan.backup.id.to_string(), key: part.key.clone(), source }
+}
+
+/// One volume: the network fills a short queue, and a thread of its own decodes, checks and writes.
+async fn fetch_volume(
+    plan: &Plan,
+    part: &StoredPart,
+    destination: Arc<Destination>,
+    progress: Arc<dyn FetchProgress>,
+) -> Result<(), RestoreError> {
+    let (mut stored, compression) = open_part(plan, part).await?;
+    let (sender, receiver) = mpsc::channel::<Bytes>(CHUNKS);
+    let owned = part.clone();
+    let writer =
+        tokio::task::spawn_blocking(move || write_volume(&owned, compression, receiver, &destination, &*progress));
+    let mut broken = None;
+    loop {
+        match stored.try_next().await {
+            // A writer that has stopped says why below.
+            Ok(Some(chunk)) => {
+                if sender.send(chunk).await.is_err() {
+                    break;
+                }
+            }
+            Ok(None) => break,
+            Err(error) => {
+                broken = Some(crate::repository::RepositoryError::from(error));
+                break;
+            }
+        }
+    }
+    drop(sender);
+    let written = writer.await.map_err(|e| panicked(&e))?;
+    if let Some(error) = broken {
+        return Err(error.into());
+    }
+    written.map_err(|error| match error {
+        VolumeError::Stored(source) => damaged_part(plan, part, source),
+        VolumeError::Tar(error) => {
+            let why = format!("{}: {error}", part.key);
+            RestoreError::DamagedBackup { backup: plan.backup.id.to_string(), why }
+        }
+        VolumeError::Restore(RestoreError::DamagedBackup { backup, why }) => {
+            RestoreError::DamagedBackup { backup, why: format!("{}: {why}", part.key) }
+        }
+        VolumeError::Restore(error) => error,
+    })
+}
+
+fn write_volume(
+    part: &StoredPart,
+    compression: Compression,
+    mut receiver: mpsc::Receiver<Bytes>,
+    destination: &Destination,
+    progress: &dyn FetchProgress,
+) -> Result<(), VolumeError> {
+    let mut decoder = PartDecoder::new(part, compression)?;
+    let (mut tar, mut writer) = (TarReader::default(), VolumeWriter::new(destination));
+    while let Some(chunk) = receiver.blocking_recv() {
+        decoder.push(&chunk, |raw| {
+            progress.advance(raw.len() as u64); // usize fits
+            tar.push(raw, &mut writer)
+        })?;
+    }
+    decoder.finish()?;
+    tar.finish()?;
+    Ok(())
+}
+
+/// Links, configuration, and what makes the directory startable, in this order; durable before the last file and after it.
+fn finish(
+    destination: &Destination,
+    places: &Places,
+    configuration: &Configuration,
+    plan: &Plan,
+) -> Result<Vec<String>, RestoreError> {
+    let held_back = std::mem::take(&mut destination.seen.lock().expect("the writers have ended").held_back);
+    let main = &destination.main;
+    let io = |what: &'static str, name: &str| RestoreError::io(what, main.path().join(name));
+    let damaged = |why: String| RestoreError::DamagedBackup { backup: destination.backup.clone(), why };
+    let label = held_back.get("backup_label").map(Vec::as_slice).unwrap_or_default();
+    check_label(label, plan).map_err(damaged)?;
+    let control = held_back.get("global/pg_control").map(Vec::as_slice).unwrap_or_default();
+    check_control(control, plan).map_err(damaged)?;
+    for (oid, place) in &places.tablespaces {
+        let name = format!("pg_tblspc/{oid}");
+        let path = InnerPath::parse(name.as_bytes()).expect("a number below a folder");
+        main.create_link(&path, place).map_err(io("linked", &name))?;
+    }
+    if !places.tablespaces.is_empty() {
+        // PostgreSQL makes its links from this file when it starts, so it must name the new places.
+        let path = InnerPath::parse(b"tablespace_map").expect("a name");
+        main.write(&path, tablespace_map(&places.tablespaces).as_bytes()).map_err(io("written", "tablespace_map"))?;
+    }
+    let path = InnerPath::parse(b"backup_label").expect("a name");
+    main.write(&path, label).map_err(io("written", "backup_label"))?;
+    let notes = configure::write(main, plan, configuration)?;
+    for directory in std::iter::once(main).chain(destination.tablespaces.values()) {
+        directory.sync().map_err(RestoreError::io("flushed", directory.path()))?;
+    }
+    let path = InnerPath::parse(b"global/pg_control").expect("a name below a folder");
+    main.write(&path, control).map_err(io("written", "global/pg_control"))?;
+    main.sync().map_err(RestoreError::io("flushed", main.path()))?;
+    if let Some(parent) = main.path().parent() {
+        crate::disk::Disk::default().sync_folder(parent).map_err(RestoreError::io("flushed", parent))?;
+    }
+    Ok(notes)
+}
+
+/// The label must be that of the planned backup (I6): recovery begins where it says.
+fn check_label(label: &[u8], plan: &Plan) -> Result<(), String> {
+    let text = String::from_utf8_lossy(label);
+    let start = text.lines().find_map(|line| line.strip_prefix("START WAL LOCATION: "));
+    let start = start.and_then(|rest| rest.split_whitespace().next()).and_then(|lsn| lsn.parse().ok());
+    if start == Some(plan.backup.start_lsn) {
+        return Ok(());
+    }
+    Err(format!("its backup_label does not begin at {}", plan.backup.start_lsn))
+}
+
+/// `system_identifier` is the first field of `ControlFileData` (`src/include/catalog/pg_control.h`).
+fn check_control(control: &[u8], plan: &Plan) -> Result<(), String> {
+    let found = control.first_chunk::<8>().map(|bytes| u64::from_le_bytes(*bytes));
+    if found == Some(plan.archive.system().get()) {
+        return Ok(());
+    }
+    Err("its pg_control is one of another system".into())
+}
+
+/// One line per tablespace: OID, space, path (`do_pg_backup_start` in `src/backend/access/transam/xlog.c`).
+fn tablespace_map(places: &BTreeMap<u32, PathBuf>) -> String {
+    places.iter().map(|(oid, place)| format!("{oid} {}\n", place.display())).collect()
+}
+
+#[cfg(test)]
+#[path = "fetch_tests.rs"]
+mod tests;

@@ -1,0 +1,561 @@
+//! Makes a plan: reads the archive's headers, searches the cut, and checks everything that the restore will need.
+
+use std::collections::BTreeMap;
+
+use futures_util::{StreamExt, TryStreamExt, stream};
+
+use super::error::RestoreError;
+use super::plan::{self, NeededTail, NeededWal, RecoveryStop, TimeKnowledge, Unreachable};
+use super::plan_file::{PlanFile, PlannedHistory, PlannedPiece, PlannedRun, PlannedTail};
+use super::search::{Cut, Search, SearchError, SearchTarget, Stop};
+use super::source::{ArchiveSource, held_wal};
+use super::target::{Request, Target};
+use crate::repository::{
+    Archive, BackupJson, Catalog, Repository, RepositoryError, Stretch, WalObject, WalObjectKind, Window,
+};
+use crate::seal::{ObjectHeader, combine_crc32};
+use crate::wal::{CommitMark, Lsn, PgTime, SegmentSize, SystemIdentifier, TimelineHistory, TimelineId};
+
+/// Objects looked at from the end of a stretch for the last checkpoint's time.
+const LAST_HEADERS: u64 = 8;
+/// Requests at the same time.
+const REQUESTS: usize = 8;
+
+/// Everything that a restore will do, resolved and checked.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    pub archive: Archive,
+    pub backup: BackupJson,
+    /// The timeline to restore along.
+    pub timeline: TimelineId,
+    pub stop: RecoveryStop,
+    pub last_kept: Option<CommitMark>,
+    pub first_left_out: Option<CommitMark>,
+    pub wal: NeededWal,
+    pub segment_size: SegmentSize,
+    pub required_settings: Vec<(&'static str, i32)>,
+    pub request: Request,
+    /// What `wal-fetch` will follow.
+    pub file: PlanFile,
+}
+
+/// Plans on the first of `repositories` that can be read and reaches the target; else tells what the first one said.
+pub async fn plan(
+    repositories: &[Repository],
+    system: Option<SystemIdentifier>,
+    request: &Request,
+) -> Result<Plan, RestoreError> {
+    let mut first = None;
+    for repository in repositories {
+        match plan_in(repository, system, request).await {
+            Ok(plan) => return Ok(plan),
+            Err(error) => {
+                tracing::debug!(repository = repository.name(), %error, "no plan from this repository");
+                // A refusal of the target says more than a store that is not there.
+                let better = matches!(error, RestoreError::Unreachable { .. })
+                    && !matches!(first, Some(RestoreError::Unreachable { .. }));
+                if first.is_none() || better {
+                    first = Some(error);
+                }
+            }
+        }
+    }
+    Err(first.unwrap_or_else(|| RestoreError::Target {
+        why: "no repository is configured".into(),
+        hint: "name one in the configuration or by `--repository`",
+    }))
+}
+
+async fn plan_in(
+    repository: &Repository,
+    system: Option<SystemIdentifier>,
+    request: &Request,
+) -> Result<Plan, RestoreError> {
+    let archive = repository.choose(system).await?;
+    // A segment may replace its pieces while we look: then all is looked at anew, once or twice.
+    for _ in 0..2 {
+        match plan_once(&archive, request).await {
+            Err(RestoreError::Changed { what }) => tracing::debug!(what, "the archive changed; planning again"),
+            Err(RestoreError::Repository(error)) if error.is_not_found() => {
+                tracing::debug!(%error, "the archive changed; planning again");
+            }
+            other => return other,
+        }
+    }
+    plan_once(&archive, request).await
+}
+
+async fn plan_once(archive: &Archive, request: &Request) -> Result<Plan, RestoreError> {
+    let catalog = archive.catalog().await?;
+    let (why, hint) = match resolve(archive, &catalog, request).await {
+        Err(Failure::Unreachable(Unreachable(why), hint)) => (why, hint),
+        Err(Failure::Other(error)) => return Err(error),
+        Ok(plan) => return Ok(plan),
+    };
+    Err(RestoreError::Unreachable { why, hint, windows: windows(archive, &catalog).await? })
+}
+
+/// What to do where nothing better is known.
+const CHOOSE: &str = "choose a target inside one of the windows that `walden list` shows";
+
+enum Failure {
+    /// With what to do.
+    Unreachable(Unreachable, &'static str),
+    Other(RestoreError),
+}
+
+impl From<Unreachable> for Failure {
+    fn from(why: Unreachable) -> Self {
+        Self::Unreachable(why, CHOOSE)
+    }
+}
+
+impl From<RestoreError> for Failure {
+    fn from(error: RestoreError) -> Self {
+        Self::Other(error)
+    }
+}
+
+impl From<RepositoryError> for Failure {
+    fn from(error: RepositoryError) -> Self {
+        Self::Other(error.into())
+    }
+}
+
+impl From<SearchError<RepositoryError>> for Failure {
+    fn from(error: SearchError<RepositoryError>) -> Self {
+        if error.is_unreachable() {
+            return Self::Unreachable(Unreachable(error.to_string()), error.hint().unwrap_or(CHOOSE));
+        }
+        if error.is_damaged() {
+            let why = match std::error::Error::source(&error) {
+                Some(source) => format!("{error}: {source}"),
+                None => error.to_string(),
+            };
+            return Self::Other(RestoreError::DamagedWal { why });
+        }
+        match error {
+            SearchError::Source(error) => Self::Other(error.into()),
+            other => Self::Other(RestoreError::Changed { what: other.to_string() }),
+        }
+    }
+}
+
+/// What was decided so far.
+struct Resolved<'a> {
+    stretch: &'a Stretch,
+    backup: &'a BackupJson,
+    stop: RecoveryStop,
+    last_kept: Option<CommitMark>,
+    first_left_out: Option<CommitMark>,
+    /// The last byte that recovery must be able to read.
+    through: Lsn,
+    /// Records that start before this are replayed.
+    until: Lsn,
+}
+
+async fn resolve(archive: &Archive, catalog: &Catalog, request: &Request) -> Result<Plan, Failure> {
+    if catalog.backups.is_empty() {
+        return Err(Unreachable("there is no backup".into()).into());
+    }
+    let branch = plan::choose_branch(catalog, request)?;
+    let stretches = catalog.stretches(&branch);
+    let resolved = match &request.target {
+        Target::Immediate => immediate(catalog, &branch, &stretches, request)?,
+        _ => searched(archive, catalog, &branch, &stretches, request).await?,
+    };
+    finish(archive, &branch, request, resolved).await
+}
+
+fn immediate<'a>(
+    catalog: &'a Catalog,
+    branch: &'a TimelineHistory,
+    stretches: &'a [Stretch],
+    request: &Request,
+) -> Result<Resolved<'a>, Failure> {
+    let (choice, index) = plan::choose_immediate(catalog, branch, stretches, request.backup.as_ref())?;
+    Ok(Resolved {
+        stretch: &stretches[index],
+        backup: choice.backup,
+        stop: choice.stop,
+        last_kept: None,
+        first_left_out: None,
+        through: Lsn::new(choice.backup.stop_lsn.get().saturating_sub(1)),
+        until: choice.backup.stop_lsn,
+    })
+}
+
+/// Searches the stretches that a backup reaches, the newest first.
+async fn searched<'a>(
+    archive: &'a Archive,
+    catalog: &'a Catalog,
+    branch: &'a TimelineHistory,
+    stretches: &'a [Stretch],
+    request: &Request,
+) -> Result<Resolved<'a>, Failure> {
+    let target = search_target(request);
+    let mut refused: Option<Failure> = None;
+    let mut found: Vec<(Resolved<'a>, Lsn)> = Vec::new();
+    for (index, stretch) in stretches.iter().enumerate().rev() {
+        let backups = plan::backups_in(catalog, branch, stretch, request.backup.as_ref());
+        let last = index + 1 == stretches.len();
+        let Some(from) = backups.iter().map(|backup| backup.start_lsn).min() else {
+            if last && request.target == Target::Latest && request.backup.is_none() {
+                let why = "no backup reaches the newest WAL, which lies behind a gap";
+                return Err(Unreachable(why.into()).into());
+            }
+            continue;
+        };
+        let outcome = search_stretch(archive, catalog, branch, (stretches, index), &backups, from, &target).await;
+        match outcome {
+            Ok((resolved, at)) => {
+                found.push((resolved, at));
+                // Only a name or an xid can be there twice.
+                if !matches!(request.target, Target::Name(_) | Target::Xid(_)) {
+                    break;
+                }
+            }
+            Err(why @ Failure::Unreachable(..)) => {
+                // What the newest stretch says is kept, unless an older one has the target.
+                refused.get_or_insert(why);
+                if request.target == Target::Latest {
+                    break;
+                }
+            }
+            Err(other) => return Err(other),
+        }
+    }
+    if found.len() > 1 {
+        let at: Vec<String> = found.iter().map(|(_, at)| at.to_string()).collect();
+        let why = format!("{} occurs more than once, at {}", request.target, at.join(", "));
+        return Err(Failure::Unreachable(Unreachable(why), "give the one that is meant as `--target-lsn`"));
+    }
+    match (found.pop(), refused) {
+        (Some((resolved, _)), _) => Ok(resolved),
+        (None, Some(why)) => Err(why),
+        (None, None) => {
+            let why = match &request.backup {
+                Some(id) if catalog.backup(id).is_none() => format!("there is no backup {id}"),
+                Some(id) => {
+                    format!("the WAL of backup {id} is not archived without a gap on timeline {}", branch.timeline())
+                }
+                None => format!("no backup reaches the archived WAL of timeline {}", branch.timeline()),
+            };
+            Err(Unreachable(why).into())
+        }
+    }
+}
+
+fn search_target(request: &Request) -> SearchTarget {
+    let exclusive = request.exclusive;
+    match &request.target {
+        Target::Time(time) => SearchTarget::Time { time: *time, exclusive },
+        Target::Lsn(lsn) => SearchTarget::Lsn { lsn: *lsn, exclusive },
+        Target::Xid(xid) => SearchTarget::Xid { xid: *xid, exclusive },
+        Target::Name(name) => SearchTarget::Name(name.clone()),
+        Target::Latest | Target::Immediate => SearchTarget::Latest,
+    }
+}
+
+async fn search_stretch<'a>(
+    archive: &Archive,
+    catalog: &Catalog,
+    branch: &TimelineHistory,
+    (stretches, index): (&'a [Stretch], usize),
+    backups: &[&'a BackupJson],
+    from: Lsn,
+    target: &SearchTarget,
+) -> Result<(Resolved<'a>, Lsn), Failure> {
+    let stretch = &stretches[index];
+    let source = ArchiveSource::new(archive);
+    let first = stretch.index_of(from).unwrap_or(0);
+    let before = object_before(stretches, index, first);
+    let max_time_before = match before {
+        Some(object) => archive.header(&object).await?.summary.max_time,
+        None => None,
+    };
+    let items = held_wal(stretch, from);
+    let mut search = Search::new(&source, stretch.segment_size(), archive.system(), items, max_time_before)?;
+    let cut = search.find(target).await?;
+    let time = match target {
+        SearchTarget::Time { time, exclusive } => Some(TimeKnowledge {
+            time: *time,
+            exclusive: *exclusive,
+            complete_until: complete_until(archive, catalog, branch, stretch).await?,
+            max_time_before,
+        }),
+        _ => None,
+    };
+    let choice = plan::choose(backups, &cut, time)?;
+    let through = through(archive, stretch, &cut).await?;
+    let resolved = Resolved {
+        stretch,
+        backup: choice.backup,
+        stop: choice.stop,
+        last_kept: cut.last_kept,
+        first_left_out: cut.first_left_out,
+        through: through.max(Lsn::new(choice.backup.stop_lsn.get().saturating_sub(1))),
+        until: cut.stop.reached_at().max(choice.backup.stop_lsn),
+    };
+    Ok((resolved, cut.stop.lsn()))
+}
+
+/// The object before object `first` of stretch `index` on the branch, also across a hole.
+fn object_before(stretches: &[Stretch], index: usize, first: u64) -> Option<WalObject> {
+    if first > 0 {
+        return stretches[index].object(first - 1);
+    }
+    let before = stretches[..index].last()?;
+    before.object(before.object_count().checked_sub(1)?)
+}
+
+/// The last byte that PostgreSQL must read to stop where it should: the end of the record of the cut, also of one left out, since it is
+/// read to be recognised.
+async fn through(archive: &Archive, stretch: &Stretch, cut: &Cut) -> Result<Lsn, Failure> {
+    let record = match cut.stop {
+        Stop::Through { end, .. } => return Ok(Lsn::new(end.get().saturating_sub(1))),
+        Stop::Before(record) => record,
+    };
+    let Some(mut index) = stretch.index_of(record) else { return Ok(record) };
+    while let Some(object) = stretch.object(index) {
+        let header = archive.header(&object).await?;
+        if header.summary.open_record != Some(record) {
+            return Ok(Lsn::new(object.valid_until.get().saturating_sub(1)).max(record));
+        }
+        index += 1;
+    }
+    Ok(record)
+}
+
+/// Until when every acknowledged commit is known to be held in `stretch`, by the archive's own words:
+///
+/// - the highest commit time and the last checkpoint's time in its last headers: a checkpoint's time is taken when it begins, so what was
+///   committed before lies before its record (`CreateCheckPoint` in `src/backend/access/transam/xlog.c`);
+/// - `coverage.json`, if the WAL through the position that it names is really there, on this branch.
+async fn complete_until(
+    archive: &Archive,
+    catalog: &Catalog,
+    branch: &TimelineHistory,
+    stretch: &Stretch,
+) -> Result<Option<PgTime>, RestoreError> {
+    let mut until = None;
+    let count = stretch.object_count();
+    for index in (count.saturating_sub(LAST_HEADERS)..count).rev() {
+        let Some(object) = stretch.object(index) else { break };
+        // What lies behind a switch is another history's.
+        if object.valid_until < object.end() {
+            continue;
+        }
+        let header = archive.header(&object).await?;
+        until = until.max(header.summary.max_time).max(header.summary.checkpoint.map(|checkpoint| checkpoint.time));
+        if header.summary.checkpoint.is_some() {
+            break;
+        }
+    }
+    Ok(until.max(covered_until(catalog, branch, stretch)))
+}
+
+/// What `coverage.json` says, as far as it can be believed.
+fn covered_until(catalog: &Catalog, branch: &TimelineHistory, stretch: &Stretch) -> Option<PgTime> {
+    let coverage = catalog.coverage.as_ref()?;
+    let (begin, end) = branch.range_of(coverage.timeline)?;
+    let on_branch = begin <= coverage.archived_lsn && end.is_none_or(|end| coverage.archived_lsn <= end);
+    let held = stretch.start() <= coverage.archived_lsn && coverage.archived_lsn <= stretch.end();
+    (on_branch && held).then_some(coverage.complete_until)
+}
+
+/// The windows with their times, for lists and refusals. A header that cannot be read leaves its time open.
+pub async fn windows(archive: &Archive, catalog: &Catalog) -> Result<Vec<Window>, RestoreError> {
+    let mut windows = catalog.windows();
+    for window in &mut windows {
+        let Some(branch) = catalog.history(window.timeline) else { continue };
+        let stretches = catalog.stretches(&branch);
+        let Some(stretch) = stretches.iter().find(|stretch| stretch.end() == window.to_lsn) else { continue };
+        match complete_until(archive, catalog, &branch, stretch).await {
+            Ok(until) => window.to_time = until,
+            Err(error) => tracing::warn!(%error, "the end of a window cannot be placed in time"),
+        }
+        // A backup that nothing was written after: all that is known of its moment is the earlier of the two.
+        if let (Some(from), Some(to)) = (window.from_time, window.to_time) {
+            window.from_time = Some(from.min(to));
+        }
+    }
+    Ok(windows)
+}
+
+async fn finish(
+    archive: &Archive,
+    branch: &TimelineHistory,
+    request: &Request,
+    resolved: Resolved<'_>,
+) -> Result<Plan, Failure> {
+    let Resolved { stretch, backup, stop, .. } = resolved;
+    let size = stretch.segment_size();
+    let wal = NeededWal::of(stretch, backup.start_lsn, resolved.through);
+    let source = ArchiveSource::new(archive);
+    let items = held_wal(stretch, backup.start_lsn);
+    let mut search = Search::new(&source, size, archive.system(), items, None)?;
+    let changes = search.parameter_changes(backup.start_lsn, resolved.until).await?;
+    check_parts(archive, backup).await?;
+    let mut tails = Vec::new();
+    for tail in &wal.tails {
+        tails.push(freeze(archive, tail).await?);
+    }
+    let file = PlanFile {
+        format: PlanFile::FORMAT,
+        repository: archive.repository().name().into(),
+        cluster: archive.repository().cluster().into(),
+        system_identifier: archive.system(),
+        segment_size: size,
+        timeline: branch.timeline(),
+        ancestors: branch.ancestors().iter().map(|ancestor| (ancestor.timeline, ancestor.switch)).collect(),
+        target: request.target.to_string(),
+        backup: backup.id.clone(),
+        volumes: backup.volumes.clone(),
+        manifest: backup.manifest.clone(),
+        wal: wal
+            .runs
+            .iter()
+            .map(|run| PlannedRun {
+                timeline: run.timeline,
+                start: run.start,
+                end: run.end,
+                compression: run.compression,
+            })
+            .collect(),
+        tails,
+        histories: histories(archive, branch).await?,
+    };
+    Ok(Plan {
+        archive: archive.clone(),
+        backup: backup.clone(),
+        timeline: branch.timeline(),
+        stop,
+        last_kept: resolved.last_kept,
+        first_left_out: resolved.first_left_out,
+        segment_size: size,
+        required_settings: plan::required_settings(backup, &changes),
+        request: request.clone(),
+        wal,
+        file,
+    })
+}
+
+/// Every part of the backup is there with its length, and its checksum where the store tells one.
+async fn check_parts(archive: &Archive, backup: &BackupJson) -> Result<(), RestoreError> {
+    let prefix = archive.keys().backup_prefix(&backup.id);
+    let listed = archive.list(&prefix, None).await?;
+    let listed: BTreeMap<&str, _> = listed.iter().map(|object| (object.key.as_str(), object)).collect();
+    for part in backup.volumes.iter().chain(&backup.manifest) {
+        let key = archive.keys().backup_object(&backup.id, &part.key);
+        let why = match listed.get(key.as_str()) {
+            None => format!("{} is missing", part.key),
+            Some(object) if object.size != part.stored_bytes => {
+                format!("{} has {} bytes instead of {}", part.key, object.size, part.stored_bytes)
+            }
+            Some(_) => continue,
+        };
+        return Err(RestoreError::DamagedBackup { backup: backup.id.to_string(), why });
+    }
+    Ok(())
+}
+
+/// Reads the headers of a tail's pieces, proves that they follow each other, and writes down what they are now.
+async fn freeze(archive: &Archive, tail: &NeededTail) -> Result<PlannedTail, RestoreError> {
+    let objects: Vec<WalObject> = tail
+        .pieces
+        .iter()
+        .map(|piece| WalObject {
+            segment: piece.segment,
+            kind: WalObjectKind::Piece { start: piece.start, end: piece.end },
+            compression: piece.compression,
+            valid_until: piece.end_lsn(),
+        })
+        .collect();
+    archive.check_overlaps(tail.segment).await?;
+    let headers: Vec<ObjectHeader> =
+        stream::iter(&objects).map(|object| archive.header(object)).buffered(REQUESTS).try_collect().await?;
+    let mut end = 0;
+    let mut raw_crc32 = 0;
+    let mut pieces = Vec::new();
+    for (piece, header) in tail.pieces.iter().zip(&headers) {
+        // Only pieces that meet exactly can be joined by their checksums; those that overlap were compared byte by byte.
+        if u64::from(piece.start) == end {
+            if header.prefix_crc32 != raw_crc32 {
+                let why = format!(
+                    "the piece at {} of {} was written behind other bytes than the ones that are stored before it",
+                    piece.start_lsn(),
+                    piece.segment
+                );
+                return Err(RestoreError::DamagedWal { why });
+            }
+            raw_crc32 = combine_crc32(raw_crc32, header.raw_crc32, header.raw_size);
+        } else {
+            raw_crc32 = archive.prefix_crc32(&tail.pieces, piece.end).await?;
+        }
+        end = u64::from(piece.end);
+        pieces.push(PlannedPiece {
+            start: piece.start,
+            end: piece.end,
+            compression: piece.compression,
+            raw_crc32: header.raw_crc32,
+        });
+    }
+    Ok(PlannedTail { segment: tail.segment.to_string(), end, raw_crc32, pieces })
+}
+
+/// The stored histories of the branch, oldest first, with their checksums.
+async fn histories(archive: &Archive, branch: &TimelineHistory) -> Result<Vec<PlannedHistory>, RestoreError> {
+    let mut histories = Vec::new();
+    let chain = branch.ancestors().iter().map(|ancestor| ancestor.timeline).chain([branch.timeline()]);
+    for timeline in chain.filter(|timeline| *timeline != TimelineId::FIRST) {
+        // Ancestors' files may be missing: the newest one has the whole chain.
+        if let Some(bytes) = archive.history(timeline).await? {
+            histories.push(PlannedHistory {
+                timeline,
+                size: bytes.len() as u64, // usize fits
+                crc32: crc32fast::hash(&bytes),
+            });
+        }
+    }
+    Ok(histories)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::repository::test_support::{MIB, Sketch, time, timeline};
+
+    fn covered(catalog: &Catalog, id: u32) -> Vec<Option<PgTime>> {
+        let branch = catalog.history(timeline(id)).unwrap();
+        catalog.stretches(&branch).iter().map(|stretch| covered_until(catalog, &branch, stretch)).collect()
+    }
+
+    #[test]
+    fn the_coverage_counts_only_with_its_wal() {
+        const UNTIL: &str = "2026-11-20T06:00:00Z";
+        let known = Some(time(UNTIL));
+        let sketch = || Sketch::new().segments(1, 1..4);
+        assert_eq!(covered(&sketch().done(), 1), vec![None]);
+        assert_eq!(covered(&sketch().coverage(1, UNTIL, 4 * MIB).done(), 1), vec![known]);
+        // The WAL through the position that it names is not there (any more).
+        assert_eq!(covered(&sketch().coverage(1, UNTIL, 4 * MIB + 1).done(), 1), vec![None]);
+        let tail = sketch().piece(1, 4, 0, 0x100);
+        assert_eq!(covered(&tail.coverage(1, UNTIL, 4 * MIB + 0x100).done(), 1), vec![known]);
+        // Behind a gap it says nothing about what lies before.
+        let gap = sketch().segments(1, 5..7).coverage(1, UNTIL, 6 * MIB);
+        assert_eq!(covered(&gap.done(), 1), vec![None, known]);
+    }
+
+    #[test]
+    fn the_coverage_of_another_branch_does_not_count() {
+        const UNTIL: &str = "2026-11-20T06:00:00Z";
+        let history = format!("1\t0/{:X}\tx\n", 3 * MIB);
+        let sketch = || Sketch::new().segments(1, 1..6).segments(2, 3..5).history(2, &history);
+        // Timeline 1 beyond the switch is not on timeline 2's branch; up to it, it is.
+        assert_eq!(covered(&sketch().coverage(1, UNTIL, 4 * MIB).done(), 2), vec![None]);
+        assert_eq!(covered(&sketch().coverage(1, UNTIL, 3 * MIB).done(), 2), vec![Some(time(UNTIL))]);
+        assert_eq!(covered(&sketch().coverage(2, UNTIL, 4 * MIB).done(), 1), vec![None]);
+        assert_eq!(covered(&sketch().coverage(2, UNTIL, 4 * MIB).done(), 2), vec![Some(time(UNTIL))]);
+    }
+}

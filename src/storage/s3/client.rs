@@ -1,0 +1,330 @@
+//! The SDK's client for one bucket: TLS, credentials, time limits, and the store's clock as its answers tell it.
+//!
+//! TLS is rustls with aws-lc everywhere. The SDK tries twice at most; trying for hours is the business of the durable queue. Redirects are
+//! not followed: they would carry signed requests to hosts that nobody named.
+
+use std::fmt;
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::{Duration, Instant, SystemTime};
+
+use aws_config::meta::region::RegionProviderChain;
+use aws_config::{BehaviorVersion, Region, SdkConfig};
+use aws_sdk_s3::Client;
+use aws_sdk_s3::config::interceptors::{
+    BeforeDeserializationInterceptorContextRef, BeforeTransmitInterceptorContextMut,
+};
+use aws_sdk_s3::config::retry::RetryConfig;
+use aws_sdk_s3::config::timeout::TimeoutConfig;
+use aws_sdk_s3::config::{
+    ConfigBag, IdentityCache, Intercept, RequestChecksumCalculation, ResponseChecksumValidation, RuntimeComponents,
+    SharedHttpClient, StalledStreamProtectionConfig,
+};
+use aws_smithy_http_client::tls::rustls_provider::CryptoMode;
+use aws_smithy_http_client::tls::{Provider, TlsContext, TrustStore};
+use jiff::Timestamp;
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
+
+use super::credentials::{CredentialFiles, read_bounded};
+use super::settings::S3Settings;
+use crate::storage::{BoxError, StorageError};
+
+const CONNECT_TIMEOUT_MAX: Duration = Duration::from_secs(10);
+/// A body that does not move for this long ends the try.
+const STALL_TIMEOUT: Duration = Duration::from_secs(20);
+/// The slowest body that is waited for, in bytes a second.
+const SLOWEST_BODY: u64 = 128 * 1024;
+/// Connections idle for longer are closed before the store closes them.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(15);
+/// How soon after each other refused credentials are looked up anew.
+const RELOAD_INTERVAL: Duration = Duration::from_secs(10);
+/// Bound of a file of certificates, in bytes.
+const CA_FILE_MAX: u64 = 4 * 1024 * 1024;
+const DEFAULT_REGION: &str = "us-east-1";
+
+/// Makes the client, and makes it anew when its credentials were refused: a profile that was edited counts without a restart.
+pub(super) struct Clients {
+    settings: S3Settings,
+    http: SharedHttpClient,
+    current: RwLock<Current>,
+    clock: Arc<StoreClock>,
+    /// The connection is not protected, so bodies are hashed for the signature.
+    pub(super) is_plain: bool,
+}
+
+struct Current {
+    client: Client,
+    made: Instant,
+}
+
+impl Clients {
+    /// Asks no store. May ask the machine's metadata service for a region when nothing else names one.
+    pub(super) async fn open(settings: S3Settings) -> Result<Self, StorageError> {
+        let http = http_client(&settings).await?;
+        let clock = Arc::new(StoreClock::default());
+        let (client, is_plain) = make_client(&settings, &http, &clock).await?;
+        let current = RwLock::new(Current { client, made: Instant::now() });
+        Ok(Self { settings, http, current, clock, is_plain })
+    }
+
+    pub(super) fn get(&self) -> Client {
+        self.current.read().unwrap_or_else(PoisonError::into_inner).client.clone()
+    }
+
+    /// After a refusal of the credentials. Does nothing when that was tried a moment ago.
+    pub(super) async fn reload(&self) {
+        {
+            let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
+            if current.made.elapsed() < RELOAD_INTERVAL {
+                return;
+            }
+            current.made = Instant::now();
+        }
+        // If nothing better can be made, the old client serves on and its error is told.
+        if let Ok((client, _)) = make_client(&self.settings, &self.http, &self.clock).await {
+            self.current.write().unwrap_or_else(PoisonError::into_inner).client = client;
+        }
+    }
+
+    /// The store's clock minus this machine's, from the last answer.
+    pub(super) fn skew_seconds(&self) -> Option<f64> {
+        self.clock.skew_seconds()
+    }
+
+    /// How long one chunk of an answer's body may take.
+    pub(super) fn chunk_timeout(&self) -> Duration {
+        self.settings.request_timeout
+    }
+
+    /// Time limits for a request with a body of `length` bytes.
+    pub(super) fn time_limits(&self, length: u64) -> TimeoutConfig {
+        time_limits(&self.settings, length)
+    }
+}
+
+fn time_limits(settings: &S3Settings, length: u64) -> TimeoutConfig {
+    TimeoutConfig::builder()
+        .connect_timeout(settings.request_timeout.min(CONNECT_TIMEOUT_MAX))
+        .operation_attempt_timeout(settings.request_timeout + Duration::from_secs(length / SLOWEST_BODY))
+        .build()
+}
+
+async fn make_client(
+    settings: &S3Settings,
+    http: &SharedHttpClient,
+    clock: &Arc<StoreClock>,
+) -> Result<(Client, bool), StorageError> {
+    let shared = load_shared(settings, http).await;
+    let endpoint = settings.endpoint.clone().or_else(|| shared.endpoint_url().map(str::to_owned));
+    let region = match (&settings.region, shared.region()) {
+        (Some(region), _) => Region::new(region.clone()),
+        (None, Some(region)) => region.clone(),
+        (None, None) if endpoint.is_some() => Region::from_static(DEFAULT_REGION),
+        (None, None) => {
+            let why = "no region is known: set `region`, AWS_REGION or the profile's region".to_owned();
+            return Err(StorageError::Settings { url: settings.url(), why });
+        }
+    };
+    let mut config = aws_sdk_s3::config::Builder::from(&shared)
+        .region(region)
+        .force_path_style(settings.path_style)
+        .retry_config(retry_config())
+        .timeout_config(time_limits(settings, 0))
+        .stalled_stream_protection(stall_protection())
+        // The checksums are ours, known before the request; the SDK would otherwise send file bodies as aws-chunked with a trailer,
+        // which some stores refuse and some store as content.
+        .request_checksum_calculation(RequestChecksumCalculation::WhenRequired)
+        .response_checksum_validation(ResponseChecksumValidation::WhenRequired)
+        .interceptor(ClockReader(clock.clone()));
+    config.set_endpoint_url(endpoint.clone());
+    if let Some(files) = CredentialFiles::of(settings) {
+        // Without a cache the files are read for each request.
+        config = config.credentials_provider(files).identity_cache(IdentityCache::no_cache());
+    }
+    let is_plain = endpoint.is_some_and(|endpoint| endpoint.starts_with("http://"));
+    Ok((Client::from_conf(config.build()), is_plain))
+}
+
+async fn load_shared(settings: &S3Settings, http: &SharedHttpClient) -> SdkConfig {
+    let mut loader = aws_config::defaults(BehaviorVersion::latest())
+        .http_client(http.clone())
+        .retry_config(retry_config())
+        .timeout_config(time_limits(settings, 0))
+        .stalled_stream_protection(stall_protection());
+    if let Some(profile) = &settings.profile {
+        loader = loader.profile_name(profile);
+    }
+    let region = settings.region.clone().map(Region::new);
+    if region.is_some() || settings.endpoint.is_some() {
+        // A compatible store is not asked about in the metadata service of a cloud.
+        let mut profile = aws_config::profile::region::Builder::default();
+        if let Some(name) = &settings.profile {
+            profile = profile.profile_name(name);
+        }
+        let chain = RegionProviderChain::first_try(region)
+            .or_else(aws_config::environment::EnvironmentVariableRegionProvider::new())
+            .or_else(profile.build())
+            .or_else(Region::from_static(DEFAULT_REGION));
+        loader = loader.region(chain);
+    }
+    if let Some(files) = CredentialFiles::of(settings) {
+        loader = loader.credentials_provider(files);
+    }
+    loader.load().await
+}
+
+fn retry_config() -> RetryConfig {
+    RetryConfig::standard().with_max_attempts(2).with_max_backoff(Duration::from_secs(2))
+}
+
+fn stall_protection() -> StalledStreamProtectionConfig {
+    StalledStreamProtectionConfig::enabled()
+        .upload_enabled(true)
+        .download_enabled(true)
+        .grace_period(STALL_TIMEOUT)
+        .build()
+}
+
+async fn http_client(settings: &S3Settings) -> Result<SharedHttpClient, StorageError> {
+    let mut trust = TrustStore::default();
+    if let Some(path) = &settings.ca_file {
+        let wrong = |why: String| StorageError::Settings {
+            url: settings.url(),
+            why: format!("`ca_file` {}: {why}", path.display()),
+        };
+        let pem = read_bounded(path.clone(), CA_FILE_MAX).await.map_err(wrong)?;
+        check_certificates(&pem).map_err(wrong)?;
+        trust = TrustStore::empty().with_pem_certificate(pem);
+    }
+    let context = TlsContext::builder().with_trust_store(trust).build().map_err(|error| StorageError::Settings {
+        url: settings.url(),
+        why: format!("TLS cannot be set up: {error}"),
+    })?;
+    Ok(aws_smithy_http_client::Builder::new()
+        .tls_provider(Provider::Rustls(CryptoMode::AwsLc))
+        .tls_context(context)
+        .pool_max_idle_per_host(settings.concurrency.max(1))
+        .pool_idle_timeout(IDLE_TIMEOUT)
+        .build_https())
+}
+
+/// The SDK panics on certificates that it cannot use, so they are looked at first.
+fn check_certificates(pem: &[u8]) -> Result<(), String> {
+    let mut roots = rustls::RootCertStore::empty();
+    for certificate in CertificateDer::pem_slice_iter(pem) {
+        let certificate = certificate.map_err(|error| format!("is not PEM: {error}"))?;
+        roots.add(certificate).map_err(|error| format!("has a certificate that cannot be trusted: {error}"))?;
+    }
+    if roots.is_empty() { Err("has no certificate".to_owned()) } else { Ok(()) }
+}
+
+/// The store's clock minus this machine's in milliseconds; `i64::MIN` before the first answer.
+struct StoreClock(AtomicI64);
+
+impl Default for StoreClock {
+    fn default() -> Self {
+        Self(AtomicI64::new(i64::MIN))
+    }
+}
+
+impl StoreClock {
+    fn skew_seconds(&self) -> Option<f64> {
+        let milliseconds = self.0.load(Ordering::Relaxed);
+        // Exact: a skew of milliseconds has far less than 53 bits.
+        (milliseconds != i64::MIN).then_some(milliseconds as f64 / 1000.0)
+    }
+
+    fn note(&self, date: &str, now: SystemTime) {
+        let (Some(date), Ok(now)) = (parse_date(date), Timestamp::try_from(now)) else { return };
+        // `Date` has whole seconds, cut off: half a second is the best guess for the rest.
+        self.0.store(date.as_millisecond() + 500 - now.as_millisecond(), Ordering::Relaxed);
+    }
+}
+
+/// The date of an HTTP answer: `Sat, 21 Nov 2026 02:10:00 GMT` (RFC 9110, IMF-fixdate).
+fn parse_date(text: &str) -> Option<Timestamp> {
+    jiff::fmt::rfc2822::DateTimeParser::new().parse_timestamp(text).ok()
+}
+
+/// Reads the `Date` of each answer.
+struct ClockReader(Arc<StoreClock>);
+
+impl fmt::Debug for ClockReader {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ClockReader")
+    }
+}
+
+impl Intercept for ClockReader {
+    fn name(&self) -> &'static str {
+        "ClockReader"
+    }
+
+    fn read_before_deserialization(
+        &self,
+        context: &BeforeDeserializationInterceptorContextRef<'_>,
+        _components: &RuntimeComponents,
+        _config: &mut ConfigBag,
+    ) -> Result<(), BoxError> {
+        if let Some(date) = context.response().headers().get("date") {
+            self.0.note(date, SystemTime::now());
+        }
+        Ok(())
+    }
+}
+
+/// Signs a request with the hash of its body, or, where TLS protects it, without (the checksum in the header covers it).
+#[derive(Debug)]
+pub(super) struct PayloadSignature(pub(super) Option<String>);
+
+impl Intercept for PayloadSignature {
+    fn name(&self) -> &'static str {
+        "PayloadSignature"
+    }
+
+    fn modify_before_signing(
+        &self,
+        _context: &mut BeforeTransmitInterceptorContextMut<'_>,
+        _components: &RuntimeComponents,
+        config: &mut ConfigBag,
+    ) -> Result<(), BoxError> {
+        use aws_runtime::auth::PayloadSigningOverride;
+        config.interceptor_state().store_put(match &self.0 {
+            Some(sha256) => PayloadSigningOverride::Precomputed(sha256.clone()),
+            None => PayloadSigningOverride::UnsignedPayload,
+        });
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_date_of_an_answer_gives_the_skew() {
+        let clock = StoreClock::default();
+        assert_eq!(clock.skew_seconds(), None);
+        let now = SystemTime::from(parse_date("Sat, 21 Nov 2026 02:10:00 GMT").unwrap());
+        clock.note("Sat, 21 Nov 2026 03:10:00 GMT", now);
+        assert_eq!(clock.skew_seconds(), Some(3600.5));
+        clock.note("nonsense", now);
+        assert_eq!(clock.skew_seconds(), Some(3600.5));
+    }
+
+    #[test]
+    fn bodies_get_time_by_their_size() {
+        let settings = S3Settings { request_timeout: Duration::from_secs(60), ..S3Settings::new("b") };
+        let limit = |length| time_limits(&settings, length).operation_attempt_timeout().unwrap();
+        assert_eq!(limit(0), Duration::from_secs(60));
+        assert_eq!(limit(64 * 1024 * 1024), Duration::from_secs(60 + 512));
+    }
+
+    #[test]
+    fn a_wrong_ca_file_is_refused_not_a_panic() {
+        assert!(check_certificates(b"").is_err());
+        assert!(check_certificates(b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n").is_err());
+        assert!(check_certificates(b"-----BEGIN CERTIFICATE-----\n!!!\n").is_err());
+    }
+}

@@ -1,0 +1,105 @@
+use std::fmt;
+
+use crate::wal::PgTime;
+
+/// Why the agent is not healthy. The codes are what scripts and alert rules depend on; messages are for people.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum CauseCode {
+    NotConnected,
+    NoSql,
+    SlotMissing,
+    SlotLost,
+    Gap,
+    ContinuityUnproven,
+    Diverged,
+    OtherCluster,
+    LeaseHeld,
+    LeaseLost,
+    UnexpectedSync,
+    StoreFailing,
+    Conflict,
+    SpoolFull,
+    SpoolFailing,
+    Lag,
+    Rpo,
+    SlotRetention,
+    BackupFailed,
+    ClockSkew,
+    AgentUnreachable,
+}
+
+impl CauseCode {
+    pub const ALL: [CauseCode; 21] = [
+        Self::NotConnected,
+        Self::NoSql,
+        Self::SlotMissing,
+        Self::SlotLost,
+        Self::Gap,
+        Self::ContinuityUnproven,
+        Self::Diverged,
+        Self::OtherCluster,
+        Self::LeaseHeld,
+        Self::LeaseLost,
+        Self::UnexpectedSync,
+        Self::StoreFailing,
+        Self::Conflict,
+        Self::SpoolFull,
+        Self::SpoolFailing,
+        Self::Lag,
+        Self::Rpo,
+        Self::SlotRetention,
+        Self::BackupFailed,
+        Self::ClockSkew,
+        Self::AgentUnreachable,
+    ];
+
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::NotConnected => "not_connected",
+            Self::NoSql => "no_sql",
+            Self::SlotMissing => "slot_missing",
+            Self::SlotLost => "slot_lost",
+            Self::Gap => "gap",
+            Self::ContinuityUnproven => "continuity_unproven",
+            Self::Diverged => "diverged",
+            Self::OtherCluster => "other_cluster",
+            Self::LeaseHeld => "lease_held",
+            Self::LeaseLost => "lease_lost",
+            Self::UnexpectedSync => "unexpected_sync",
+            Self::StoreFailing => "store_failing",
+            Self::Conflict => "conflict",
+            Self::SpoolFull => "spool_full",
+            Self::SpoolFailing => "spool_failing",
+            Self::Lag => "lag",
+            Self::Rpo => "rpo",
+            Self::SlotRetention => "slot_retention",
+            Self::BackupFailed => "backup_failed",
+            Self::ClockSkew => "clock_skew",
+            Self::AgentUnreachable => "agent_unreachable",
+        }
+    }
+
+    /// Whether the agent is unhealthy while this cause stands: every one but `no_sql`.
+    ///
+    /// Without SQL the agent streams, ships and restores as well; a few facts are unknown and shown as such. Whatever SQL
+    /// alone could have told and that matters (the server's flush position) is asked on a replication connection then.
+    pub const fn is_unhealthy(self) -> bool {
+        !matches!(self, Self::NoSql)
+    }
+}
+
+impl fmt::Display for CauseCode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// A cause that stands.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Cause {
+    pub code: CauseCode,
+    /// What, why and what to do, one line. The latest one told.
+    pub message: String,
+    /// When it was first raised, by the agent's clock.
+    pub since: PgTime,
+}

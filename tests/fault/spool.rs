@@ -1,0 +1,247 @@
+//! A spool that is lost, damaged, full of strangers, or on a disk that fails.
+
+use std::fs;
+use std::os::unix::fs::{FileExt, symlink};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::store::{open, shut};
+use crate::live::streaming::{archive_all, pieces_of_open_segment};
+use crate::support::oracle::{cluster_folder, compare_stored, files_below, stored_segments};
+use crate::support::{Ledger, Postgres, Stage, Walden, has_cause, parts, wait_until};
+
+const MINUTE: Duration = Duration::from_secs(60);
+
+/// The spool is gone with all it held, as on a new host: the agent takes up where the repository ends, compares it with what the
+/// server sends, and goes on without a gap, a conflict or an overlapping piece (I3, I7, I21).
+#[test]
+fn a_lost_spool_is_taken_up_from_the_repository() {
+    let stage = Stage::new("newhost");
+    let postgres = Postgres::builder(17).wal_segsize(1).start(&stage);
+    let walden = Walden::local(&stage, &postgres, "[archive]\ntail_interval = \"200ms\"\n");
+    let mut agent = walden.run_connected();
+    let mut ledger = Ledger::create(&postgres);
+    archive_all(&postgres, &mut agent);
+    let folder = cluster_folder(&walden.repository(), "main", &postgres);
+    for clean in [true, false] {
+        agent.wait_archived(ledger.commit_many(5).last().expect("five").lsn, MINUTE);
+        agent.wait_archived(ledger.commit_many(5).last().expect("five").lsn, MINUTE);
+        let before = pieces_of_open_segment(&folder, &postgres);
+        assert!(before.len() >= 2, "{before:?}");
+        if clean {
+            assert!(agent.sigterm(MINUTE).success(), "{}", agent.log_tail());
+        } else {
+            agent.kill9();
+        }
+        fs::remove_dir_all(walden.spool()).expect("the spool is there");
+        fs::remove_dir_all(walden.state()).expect("the state is there");
+        agent = walden.run();
+        // Without its id the agent is another one, and waits until the lease of a killed one has run out.
+        let last = ledger.commit_many(5).last().expect("five").lsn;
+        agent.wait_archived(last, Duration::from_secs(90));
+        let after = pieces_of_open_segment(&folder, &postgres);
+        assert!(after.len() > before.len() && after.starts_with(&before), "{before:?} became {after:?}");
+        let mut end = 0;
+        for (start, piece_end) in after {
+            assert_eq!(start, end, "a piece does not begin where the one before ends");
+            end = piece_end;
+        }
+    }
+    archive_all(&postgres, &mut agent);
+    let status = agent.wait_status(MINUTE, "healthy", |status| status["healthy"] == true);
+    assert_eq!(status["gaps"].as_array().map(Vec::len), Some(0), "{status}");
+    compare_stored(&folder, &postgres.oracle).assert_whole(2);
+}
+
+fn flip(path: &Path) {
+    let file = fs::File::options().read(true).write(true).open(path).expect("a spooled file");
+    let at = file.metadata().expect("its size").len() * 3 / 4;
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, at).expect("a byte");
+    file.write_all_at(&[byte[0] ^ 0x20], at).expect("another byte");
+}
+
+/// With the store down, sealed segments in the spool are damaged: flipped, cut short. They are never uploaded. As long as the server
+/// has them they come from it once more; when it has not, they are a recorded gap (I3, I13; D4 of the failure table).
+#[test]
+fn damaged_spooled_segments_are_fetched_again_or_told_as_a_gap() {
+    for server_has_them in [true, false] {
+        let stage = Stage::new("damage");
+        let builder = Postgres::builder(17).wal_segsize(1);
+        let builder = if server_has_them {
+            builder.setting("checkpoint_timeout", "1h")
+        } else {
+            builder.setting("wal_keep_size", "0").setting("min_wal_size", "2MB").setting("max_wal_size", "4MB")
+        };
+        let postgres = builder.start(&stage);
+        let walden = Walden::local(&stage, &postgres, "[upload]\nretry_delay_max = \"1s\"\n");
+        let mut agent = walden.run_connected();
+        archive_all(&postgres, &mut agent);
+        shut(&walden);
+        postgres.psql("CREATE TABLE bulk AS SELECT n, md5(n::text) FROM generate_series(1, 100000) n");
+        let end = archive_here(&postgres);
+        agent.wait_durable(end, MINUTE);
+        agent.wait_status(MINUTE, "a backlog", |status| status["queue"]["segments"].as_u64() > Some(5));
+        agent.kill9();
+        let mut spooled: Vec<PathBuf> = files_below(&walden.spool())
+            .into_iter()
+            .filter(|path| path.parent().is_some_and(|folder| folder.ends_with("wal/00000001")))
+            .collect();
+        spooled.sort();
+        let name = |path: &Path| path.file_name().expect("a name").to_string_lossy()[..24].to_owned();
+        let damaged = [name(&spooled[2]), name(&spooled[4])];
+        flip(&spooled[2]);
+        let cut = fs::File::options().write(true).open(&spooled[4]).expect("a spooled file");
+        cut.set_len(cut.metadata().expect("its size").len() / 2).expect("shorter");
+        let on_server = |segment: &String| postgres.data.join("pg_wal").join(segment).exists();
+        if !server_has_them {
+            wait_until(MINUTE, "the server to recycle what the slot does not hold", || {
+                archive_here(&postgres);
+                postgres.psql("CHECKPOINT");
+                !damaged.iter().any(on_server)
+            });
+        }
+        assert!(damaged.iter().all(|segment| on_server(segment) == server_has_them));
+
+        let mut agent = walden.run_connected();
+        open(&walden);
+        let folder = cluster_folder(&walden.repository(), "main", &postgres);
+        if server_has_them {
+            agent.wait_archived(end, MINUTE);
+            agent.wait_status(MINUTE, "healthy", |status| status["healthy"] == true);
+            archive_all(&postgres, &mut agent);
+            compare_stored(&folder, &postgres.oracle).assert_whole(6);
+        } else {
+            let status = agent.wait_status(MINUTE, "both gaps", |status| {
+                has_cause(status, "gap") && status["gaps"].as_array().is_some_and(|gaps| gaps.len() == 2)
+            });
+            assert_eq!(status["healthy"], false);
+            archive_all(&postgres, &mut agent);
+            let compared = compare_stored(&folder, &postgres.oracle);
+            assert_eq!(compared.missing, damaged, "no more and no less is missing than what was damaged");
+            assert_eq!(files_below(&folder.join("gaps")).len(), 2);
+            assert!(damaged.iter().all(|segment| !stored_segments(&folder).contains_key(segment)));
+        }
+        let quarantined =
+            files_below(&walden.spool()).into_iter().filter(|path| path.to_string_lossy().contains("quarantine"));
+        assert_eq!(quarantined.count(), 2);
+    }
+}
+
+/// The newest segment stays in the spool, for the comparison at the next connection. If it is damaged meanwhile, that is no other
+/// history: it is set aside and archiving goes on (I7, I13).
+#[test]
+fn a_damaged_overlap_is_not_taken_for_another_history() {
+    let stage = Stage::new("overlap");
+    let postgres = Postgres::builder(15).wal_segsize(1).start(&stage);
+    let walden = Walden::local(&stage, &postgres, "[upload]\nretry_delay_max = \"1s\"\n");
+    let mut agent = walden.run_connected();
+    archive_all(&postgres, &mut agent);
+    // Idle behind a boundary: the connection after next begins with the segment before it.
+    agent.wait_status(MINUTE, "an empty queue", |status| status["queue"]["segments"] == 0);
+    assert!(agent.sigterm(MINUTE).success(), "{}", agent.log_tail());
+    let wal = cluster_folder(&walden.spool(), "main", &postgres).join("wal/00000001");
+    let newest = files_below(&wal).into_iter().max().expect("one stays");
+    // A local repository shares the file with the spool: this one is to be the spool's alone.
+    let alone = fs::read(&newest).expect("its content");
+    fs::remove_file(&newest).expect("removed");
+    fs::write(&newest, alone).expect("written anew");
+    stage.give(&newest);
+    flip(&newest);
+    let mut agent = walden.run();
+    let quarantine = cluster_folder(&walden.spool(), "main", &postgres).join("quarantine");
+    wait_until(MINUTE, "it to be set aside", || files_below(&quarantine).len() == 1);
+    archive_all(&postgres, &mut agent);
+    let status = agent.wait_status(MINUTE, "healthy", |status| status["healthy"] == true);
+    assert!(status["diverged"].is_null(), "{status}");
+    let folder = cluster_folder(&walden.repository(), "main", &postgres);
+    compare_stored(&folder, &postgres.oracle).assert_whole(2);
+}
+
+/// Ends the open segment and waits for the server's own copy only.
+fn archive_here(postgres: &Postgres) -> walden::wal::Lsn {
+    postgres.psql("SELECT pg_logical_emit_message(true, 'test', 'end')");
+    let end = postgres.switch_wal();
+    postgres.wait_oracle_complete();
+    end
+}
+
+/// Every now and then a flush of some thread fails with EIO. What was not flushed is never confirmed, its file is void, the bytes
+/// come from the server again, and it is told (I1, I9; D3 of the failure table).
+#[test]
+fn a_failed_flush_is_never_confirmed() {
+    let stage = Stage::new("eio");
+    let postgres = Postgres::builder(17)
+        .wal_segsize(1)
+        .setting("wal_keep_size", "0")
+        .setting("min_wal_size", "2MB")
+        .setting("max_wal_size", "8MB")
+        .setting("checkpoint_timeout", "30s")
+        .start(&stage);
+    let walden =
+        Walden::local(&stage, &postgres, "[archive]\ntail_interval = \"200ms\"\n[upload]\nretry_delay_max = \"1s\"\n");
+    postgres.pgbench_init(1);
+    let strace = parts::tool("strace").canonicalize().expect("it is set up");
+    let strace = stage.reachable("strace", &strace);
+    let log = stage.join("strace.log");
+    let traced = walden.clone().below(&[
+        &strace.to_string_lossy(),
+        "-f",
+        "-qq",
+        "--seccomp-bpf",
+        "-o",
+        &log.to_string_lossy(),
+        "-e",
+        "trace=fdatasync,fsync",
+        "-e",
+        "inject=fdatasync,fsync:error=EIO:when=7+11",
+        "--",
+    ]);
+    let mut agent = traced.run_connected();
+    let load = postgres.pgbench(&["-c", "2", "-T", "600", "--rate", "300"]);
+    wait_until(MINUTE, "several failed flushes of the spool", || {
+        assert!(agent.is_running(), "{}", agent.log_tail());
+        agent.log().matches("spool_failing").count() > 2
+    });
+    load.stop();
+    super::kill::kill_traced(&stage);
+    agent.kill9();
+    let slot = postgres.slot_restart_lsn("walden").expect("the slot is there");
+    let held = super::kill::held_end(&walden, &postgres);
+    assert!(slot <= held, "the server was told {slot}, but spool and repository end at {held}");
+    let mut agent = walden.run_connected();
+    archive_all(&postgres, &mut agent);
+    let status = agent.wait_status(MINUTE, "healthy again", |status| status["healthy"] == true);
+    assert_eq!(status["gaps"].as_array().map(Vec::len), Some(0), "{status}");
+    let folder = cluster_folder(&walden.repository(), "main", &postgres);
+    compare_stored(&folder, &postgres.oracle).assert_whole(3);
+}
+
+/// What is not Walden's is reported, not followed, not uploaded, not deleted (I17; D5 of the failure table).
+#[test]
+fn strangers_in_the_spool_are_left_alone() {
+    let stage = Stage::new("strangers");
+    let postgres = Postgres::builder(15).wal_segsize(1).start(&stage);
+    let walden = Walden::local(&stage, &postgres, "");
+    let mut agent = walden.run_connected();
+    archive_all(&postgres, &mut agent);
+    assert!(agent.sigterm(MINUTE).success());
+    let wal = cluster_folder(&walden.spool(), "main", &postgres).join("wal/00000001");
+    let secret = stage.write("secret", "not WAL");
+    let link = wal.join("0000000100000000000000F0.lz4");
+    symlink(&secret, &link).expect("a link");
+    let fifo = wal.join("0000000100000000000000F1.lz4");
+    let made = stage.command("mkfifo").arg(&fifo).status().expect("mkfifo runs");
+    assert!(made.success());
+    let notes = wal.join("notes.txt");
+    fs::write(&notes, "remember the milk").expect("a file");
+    let mut agent = walden.run_connected();
+    archive_all(&postgres, &mut agent);
+    for stranger in [&link, &fifo, &notes] {
+        assert!(stranger.symlink_metadata().is_ok(), "{} is gone", stranger.display());
+        assert!(agent.log().contains(&*stranger.file_name().expect("a name").to_string_lossy()), "{}", agent.log());
+    }
+    let folder = cluster_folder(&walden.repository(), "main", &postgres);
+    compare_stored(&folder, &postgres.oracle).assert_whole(2);
+    assert!(!stored_segments(&folder).keys().any(|name| name.ends_with("F0") || name.ends_with("F1")));
+}

@@ -1,0 +1,13 @@
+//! Real PostgreSQL servers, each supported major that is set up.
+
+mod by_hand;
+mod check;
+mod first_use;
+mod house;
+mod refusals;
+pub mod restore;
+pub mod streaming;
+mod usage;
+mod stores;
+mod timeline;
+mod wal_records;
