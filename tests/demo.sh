@@ -23,9 +23,9 @@ pg_bin="$("$project/tests/setup/postgres.sh" any | tail -n 1)"
 if [ -z "${WALDEN:-}" ]; then
   command -v cargo >/dev/null || fail "cargo is not here: please install Rust 1.95 or newer (https://rustup.rs)"
   title "Building Walden (the first time takes some minutes)"
-  (cd "$project" && cargo build --release --locked --bin walden)
-  WALDEN="$project/target/release/walden"
-  [ -z "${CARGO_TARGET_DIR:-}" ] || WALDEN="$CARGO_TARGET_DIR/release/walden"
+  note "Quick to build and good enough here; \`cargo build --release\` makes the binary for real use."
+  (cd "$project" && cargo build --locked --bin walden)
+  WALDEN="${CARGO_TARGET_DIR:-$project/target}/debug/walden"
 fi
 
 # ---- a stage that is cleaned up on any exit --------------------------------------------------------------------------

@@ -11,7 +11,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::backlog::{Backlog, Index};
-use super::held::find_in_spool;
+use super::held::{find_in_spool, name_finished};
 use super::live::{Live, LiveSettings, Way};
 use super::tail::Tail;
 use super::turn::Turn;
@@ -102,8 +102,12 @@ impl Archiver {
         let Identity { system, segment_size } = identity;
         board.set_identity(system, segment_size);
         let spool = Spool::open(disk.clone(), &settings.spool_path, &settings.cluster, system)?;
-        let held = find_in_spool(&spool, system, segment_size);
-        let fresh = matches!(held, Ok(None));
+        // The backlog lists them. What cannot be read now is told by the live path, which looks again.
+        let held = || {
+            name_finished(&spool, system, segment_size)?;
+            Ok::<_, ArchiveError>(find_in_spool(&spool, system, segment_size)?.held)
+        };
+        let fresh = matches!(held(), Ok(None));
         check_stores(&settings, &targets, system, fresh, &board, &shutdown).await?;
 
         let archives: Vec<Archive> = targets.iter().map(|target| target.repository.bind(system)).collect();
@@ -113,7 +117,8 @@ impl Archiver {
             let (disk, state, spool, missing) = (disk, settings.state_path.clone(), spool.clone(), missing.clone());
             blocking(move || open_backlog(&disk, &state, &spool, system, segment_size, names, &missing)).await?
         };
-        if let Some(held) = find_in_spool(&spool, system, segment_size).ok().flatten() {
+        // Again, since what was damaged was set aside.
+        if let Ok(Some(held)) = held() {
             backlog.set_sealed_end(held.timeline.get(), held.sealed_end);
         }
 

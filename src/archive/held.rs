@@ -73,13 +73,23 @@ pub fn name_finished(
     Ok(entries)
 }
 
-/// Finds what the spool holds without a hole up to its end; recorded gaps are no holes. `None`: nothing.
-pub fn find_in_spool(spool: &Spool, system: SystemIdentifier, size: SegmentSize) -> Result<Option<Held>, ArchiveError> {
+/// What the spool was seen to hold.
+#[derive(Debug, Default)]
+pub struct InSpool {
+    /// Without a hole up to its end; recorded gaps are no holes. `None`: nothing.
+    pub held: Option<Held>,
+    /// Open files of which nothing was ever confirmed, or that another one holds as well: for the live path to remove.
+    pub useless: Vec<PathBuf>,
+}
+
+/// Looks at the spool's names, headers and marks. Finished segments without a name count as useless here: `name_finished` comes first.
+pub fn find_in_spool(spool: &Spool, system: SystemIdentifier, size: SegmentSize) -> Result<InSpool, ArchiveError> {
     let contents = spool.contents(size)?;
     for path in &contents.foreign {
         tracing::warn!(path = %path.display(), "foreign file in the spool: left alone");
     }
-    let OpenFiles { usable, unusable } = find_open(spool, &contents.open, system, size)?;
+    let OpenFiles { usable, unusable, mut useless } = find_open(spool, &contents.open, system, size)?;
+    useless.extend(unusable.iter().map(|(path, _)| path.clone()));
     let in_folder = |name: &&SpooledName, folder: &str| name.relative.starts_with(folder);
     let names = || contents.sealed.iter().map(|(name, _)| name);
     let sealed: Vec<&SpooledName> =
@@ -91,8 +101,7 @@ pub fn find_in_spool(spool: &Spool, system: SystemIdentifier, size: SegmentSize)
     let newest_sealed = sealed.iter().map(|name| name.timeline).max();
     let newest_open = usable.iter().map(|(segment, _)| segment.timeline()).max();
     let Some(timeline) = newest_sealed.max(newest_open) else {
-        unusable.iter().try_for_each(|(path, _)| spool.remove_open(path))?;
-        return Ok(None);
+        return Ok(InSpool { held: None, useless });
     };
     let mut held: Option<Held> = None;
     for name in sealed.into_iter().filter(|name| name.timeline == timeline) {
@@ -146,12 +155,11 @@ pub fn find_in_spool(spool: &Spool, system: SystemIdentifier, size: SegmentSize)
                 (held.closed, held.open_record) = (false, None);
             }
             // Behind a hole nothing was confirmed: the segment before it was not sealed yet.
-            held if held.as_ref().is_none_or(|held| held.end < start) => spool.remove_open(&path)?,
+            held if held.as_ref().is_none_or(|held| held.end < start) => useless.push(path),
             _ => {}
         }
     }
-    unusable.iter().try_for_each(|(path, _)| spool.remove_open(path))?;
-    Ok(held)
+    Ok(InSpool { held, useless })
 }
 
 struct OpenFiles {
@@ -159,6 +167,8 @@ struct OpenFiles {
     usable: Vec<(SegmentName, FoundOpen)>,
     /// Those that prove nothing, with the segment that their name tells.
     unusable: Vec<(PathBuf, Option<SegmentName>)>,
+    /// Those that hold less of a segment than another one.
+    useless: Vec<PathBuf>,
 }
 
 /// Looks at the open files; of several for one segment the best stays.
@@ -169,7 +179,7 @@ fn find_open(
     size: SegmentSize,
 ) -> Result<OpenFiles, ArchiveError> {
     let mut usable: Vec<(SegmentName, FoundOpen)> = Vec::new();
-    let mut unusable = Vec::new();
+    let (mut unusable, mut useless) = (Vec::new(), Vec::new());
     for path in paths {
         let Some(found) = read_open(spool.disk(), path)? else {
             let name = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.get(..24));
@@ -189,13 +199,13 @@ fn find_open(
                 } else {
                     (other.clone(), found)
                 };
-                spool.remove_open(&drop.path)?;
+                useless.push(drop.path);
                 *other = keep;
             }
         }
     }
     usable.sort_by_key(|(segment, _)| *segment);
-    Ok(OpenFiles { usable, unusable })
+    Ok(OpenFiles { usable, unusable, useless })
 }
 
 /// Which end counts where repositories hold differently much.
@@ -431,4 +441,111 @@ fn read_part(
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::archive::assembler::{AssemblerSettings, header_of};
+    use crate::disk::Disk;
+    use crate::seal::{Checksum, Compression, Encoder, ObjectKind};
+    use crate::spool::{Mark, OpenSegment};
+    use crate::wal::Summary;
+
+    const SYSTEM: SystemIdentifier = SystemIdentifier::new(7);
+
+    fn size() -> SegmentSize {
+        SegmentSize::new(1 << 20).unwrap()
+    }
+
+    fn segment(number: u64) -> SegmentName {
+        SegmentName::holding(TimelineId::FIRST, Lsn::new(number << 20), size())
+    }
+
+    /// The body of the first `length` bytes of a segment that holds zeros, without its suffix, and their sums.
+    fn body(length: usize) -> (Vec<u8>, Checksum) {
+        let raw = vec![0; length];
+        let mut body = Encoder::prefix(Compression::Lz4).to_vec();
+        let mut encoder = Encoder::new(Compression::Lz4, 0).unwrap();
+        encoder.write(&raw, &mut body).unwrap();
+        encoder.cut(&mut body).unwrap();
+        let mut checksum = Checksum::default();
+        checksum.update(&raw);
+        (body, checksum)
+    }
+
+    /// A whole segment, flushed, killed before it had its name.
+    fn finish(spool: &Spool, segment: SegmentName) -> PathBuf {
+        let (mut body, raw) = body(1 << 20);
+        body.extend_from_slice(Encoder::suffix(Compression::Lz4));
+        let path = spool.open_path(segment, Compression::Lz4);
+        let mut file = OpenSegment::create(spool.disk(), &path).unwrap();
+        file.append(&body).unwrap();
+        let settings = AssemblerSettings {
+            system: SYSTEM,
+            segment_size: size(),
+            server_version: None,
+            compression: Compression::Lz4,
+            compression_level: 0,
+        };
+        let crc = crc32fast::hash(&body);
+        let header = header_of(&settings, segment, ObjectKind::Segment, 0, raw, Summary::default(), crc, 0);
+        file.finish(&header.frame(body.len() as u64)).unwrap();
+        path
+    }
+
+    /// An open segment, durable up to `length`.
+    fn mark(spool: &Spool, segment: SegmentName, length: usize) -> PathBuf {
+        let (body, raw) = body(length);
+        let path = spool.open_path(segment, Compression::Lz4);
+        let mut file = OpenSegment::create(spool.disk(), &path).unwrap();
+        file.append(&body).unwrap();
+        file.mark(Mark {
+            format: 1,
+            generation: 0,
+            system_identifier: SYSTEM,
+            timeline: TimelineId::FIRST,
+            segment: segment.to_string(),
+            segment_size: size(),
+            compression: Compression::Lz4,
+            raw_len: raw.length,
+            body_len: body.len() as u64,
+            raw_crc32: raw.crc32,
+            raw_crc32c: raw.crc32c,
+            body_crc32: crc32fast::hash(&body),
+        })
+        .unwrap();
+        path
+    }
+
+    /// A SIGKILL between a segment's last flush and its rename: the start looked at the spool before it named the segment, took it
+    /// for a torn one, and removed it with the open one behind it, although both had been confirmed to the server (I1, A1).
+    #[test]
+    fn a_finished_segment_without_a_name_counts_and_looking_removes_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let spool = Spool::open(Disk::default(), &folder.path().join("spool"), "main", SYSTEM).unwrap();
+        finish(&spool, segment(1));
+        assert_eq!(name_finished(&spool, SYSTEM, size()).unwrap().len(), 1);
+        let (nameless, open) = (finish(&spool, segment(2)), mark(&spool, segment(3), 300_000));
+
+        let before = find_in_spool(&spool, SYSTEM, size()).unwrap();
+        assert_eq!(before.held.unwrap().end, segment(1).end());
+        assert!(nameless.exists() && open.exists(), "looking removes nothing");
+
+        assert_eq!(name_finished(&spool, SYSTEM, size()).unwrap().len(), 1);
+        let after = find_in_spool(&spool, SYSTEM, size()).unwrap();
+        assert_eq!(after.held.unwrap().end, Lsn::new(segment(3).start().get() + 300_000));
+        assert_eq!(after.useless, Vec::<PathBuf>::new());
+    }
+
+    #[test]
+    fn of_two_open_files_the_one_that_reaches_less_far_is_useless() {
+        let folder = tempfile::tempdir().unwrap();
+        let spool = Spool::open(Disk::default(), &folder.path().join("spool"), "main", SYSTEM).unwrap();
+        let (more, less) = (mark(&spool, segment(1), 9000), mark(&spool, segment(1), 8000));
+        let found = find_in_spool(&spool, SYSTEM, size()).unwrap();
+        assert_eq!(found.held.unwrap().end, Lsn::new(segment(1).start().get() + 9000));
+        assert_eq!(found.useless, vec![less]);
+        assert!(more.exists());
+    }
 }

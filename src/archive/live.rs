@@ -9,15 +9,18 @@ use tokio_util::sync::CancellationToken;
 
 use super::assembler::{Assembler, AssemblerSettings};
 use super::backlog::Backlog;
-use super::held::{Held, HeldBytes, HeldPart, HeldRemotely, Reach, find_in_spool, find_remotely, name_finished};
+use super::held::{
+    Held, HeldBytes, HeldPart, HeldRemotely, InSpool, Reach, find_in_spool, find_remotely, name_finished,
+};
 use super::receiver::{Receiver, SessionEnd};
 use super::sealer::{DiskSide, SpoolBounds};
+use super::start::Start;
 use super::tail::Tail;
 use super::turn::Turn;
 use super::{ArchiveError, Halt, Missing};
 use crate::failure::NextStep;
 use crate::postgres::{
-    ConnectSettings, CreateOutcome, ReplicationConnection, SlotState, StartOutcome, SystemInfo, WalStream,
+    ConnectSettings, CreateOutcome, ReplicationConnection, SlotState, StartOutcome, WalStream, shown_duration,
 };
 use crate::queue::QueueEntry;
 use crate::repository::{Archive, PieceChain};
@@ -25,13 +28,10 @@ use crate::seal::Compression;
 use crate::spool::{Spool, SpoolError};
 use crate::storage::Backoff;
 use crate::telemetry::{Board, CauseCode};
-use crate::wal::{
-    Indexer, IndexerStart, Lsn, PgTime, SegmentName, SegmentSize, SystemIdentifier, TimelineHistory, TimelineId,
-};
+use crate::wal::{Lsn, SegmentName, SegmentSize, SystemIdentifier, TimelineHistory, TimelineId};
 
 /// Bytes behind the server from which on only whole segments are made durable.
 const CATCHING_UP_BYTES: u64 = 16 << 20;
-const PAGE_BYTES: u64 = 8192;
 /// A session that lasted this long was a working one: the next failure begins its waiting anew.
 const WORKING_SESSION: Duration = Duration::from_secs(30);
 const SHORTEST_STATUS_INTERVAL: Duration = Duration::from_millis(200);
@@ -95,20 +95,6 @@ pub enum Way {
     WithoutOverlap,
     /// The server no longer has what follows either.
     BehindGap { why: String, slot_lost: bool },
-}
-
-/// Where to begin, and with what.
-pub(super) struct Start {
-    pub timeline: TimelineId,
-    pub position: Lsn,
-    /// The position behind what is held, should the overlap not be there any more.
-    pub without_overlap: Lsn,
-    pub sealed_until: Lsn,
-    pub held_end: Lsn,
-    pub parts: Vec<HeldPart>,
-    pub max_time: Option<PgTime>,
-    /// Where the record starts that reaches over `position`: it must be seen from there, or it is in no summary.
-    pub open_record: Option<Lsn>,
 }
 
 impl Live {
@@ -224,7 +210,8 @@ impl Live {
         if !finished.is_empty() {
             self.backlog.insert(&finished);
         }
-        let spooled = find_in_spool(&self.spool, self.system, self.segment_size)?;
+        let InSpool { held: spooled, useless } = find_in_spool(&self.spool, self.system, self.segment_size)?;
+        useless.iter().try_for_each(|path| self.spool.remove_open(path))?;
         if spooled.is_none() {
             self.held_remotely = self.ask_repositories(Reach::Least).await?.map(|remote| remote.held);
         }
@@ -271,7 +258,7 @@ impl Live {
     /// A third of `wal_sender_timeout` at most, so that the server never has to ask.
     fn status_interval(&self, wal_sender_timeout: &str) -> Duration {
         let configured = self.settings.status_interval;
-        match parse_guc_duration(wal_sender_timeout) {
+        match shown_duration(wal_sender_timeout) {
             Some(timeout) if !timeout.is_zero() => configured.min(timeout / 3).max(SHORTEST_STATUS_INTERVAL),
             _ => configured,
         }
@@ -300,122 +287,6 @@ impl Live {
             }
             SlotState::Missing => Err(ArchiveError::NoSlot { name: name.clone() }),
             SlotState::Unknown => Ok(None),
-        }
-    }
-
-    /// Nothing is held: the first segment of which all is there.
-    async fn first_start(
-        &self,
-        connection: &mut ReplicationConnection,
-        info: &SystemInfo,
-        slot: Option<Lsn>,
-    ) -> Result<Start, ArchiveError> {
-        let from = self.segment_size.start_of(slot.unwrap_or(info.flush_lsn));
-        let timeline = match self.history(connection, info.timeline).await? {
-            Some(history) => history.timeline_at(from),
-            None => info.timeline,
-        };
-        tracing::info!(%from, %timeline, "archiving begins here");
-        Ok(Start {
-            timeline,
-            position: from,
-            without_overlap: from,
-            sealed_until: from,
-            held_end: from,
-            parts: Vec::new(),
-            max_time: None,
-            open_record: None,
-        })
-    }
-
-    /// Goes on behind what is held, on the same timeline or on the one that follows it by the server's own account.
-    async fn next_start(
-        &self,
-        connection: &mut ReplicationConnection,
-        info: &SystemInfo,
-        held: Held,
-        settings: &AssemblerSettings,
-    ) -> Result<Start, ArchiveError> {
-        let other_branch = || ArchiveError::OtherBranch { server: info.timeline.get(), held: held.timeline.get() };
-        if info.timeline < held.timeline {
-            return Err(ArchiveError::Behind { server: info.flush_lsn, held: held.end });
-        }
-        if info.timeline == held.timeline {
-            // A part that was closed by a switch is not gone on with by the server that was left behind; one that was closed because
-            // WAL behind it was lost is built again, if the server has it after all.
-            let left_behind = held.closed && self.histories_spooled.iter().any(|newer| *newer > held.timeline);
-            if left_behind || info.flush_lsn < held.end {
-                return Err(ArchiveError::Behind { server: info.flush_lsn, held: held.end });
-            }
-            if let Some(segment) = self.missing.first(held.timeline).filter(|segment| segment.end() <= held.sealed_end)
-            {
-                tracing::warn!(%segment, "fetching a lost segment again");
-                return Ok(self.start_at_missing(segment, held));
-            }
-            return Ok(self.start_after(held));
-        }
-        let history = self.history(connection, info.timeline).await?.ok_or_else(other_branch)?;
-        let Some((_, Some(switch))) = history.range_of(held.timeline) else { return Err(other_branch()) };
-        if held.end < switch {
-            return Ok(self.start_after(held));
-        }
-        let next = history.timeline_at(switch);
-        tracing::info!(from = %held.timeline, to = %next, at = %switch, "the timeline changes");
-        if !held.closed {
-            self.seal_partial(settings, &held, switch).await?;
-        }
-        let position = self.segment_size.start_of(switch);
-        Ok(Start {
-            timeline: next,
-            position,
-            without_overlap: position,
-            sealed_until: position,
-            held_end: switch,
-            parts: held.parts,
-            max_time: held.max_time,
-            open_record: held.open_record.filter(|record| *record < position),
-        })
-    }
-
-    fn start_after(&self, held: Held) -> Start {
-        let size = self.segment_size.get();
-        // At a boundary the last whole segment is asked for again, so that there is something to compare (I7).
-        let overlap = if held.end > held.sealed_end {
-            held.sealed_end
-        } else {
-            Lsn::new(held.sealed_end.get().saturating_sub(size))
-        };
-        let mut position = overlap;
-        let open_record = held.open_record.filter(|record| *record < overlap);
-        if let Some(record) = open_record
-            && !held.parts.iter().any(|part| part.start() <= record && record < part.end())
-        {
-            // Not at hand: the server has it, most likely.
-            position = self.segment_size.start_of(record);
-        }
-        Start {
-            timeline: held.timeline,
-            position,
-            without_overlap: held.sealed_end,
-            sealed_until: held.sealed_end,
-            held_end: held.end,
-            parts: held.parts,
-            max_time: held.max_time,
-            open_record: open_record.filter(|record| *record < position),
-        }
-    }
-
-    /// A held segment was lost from the spool. It is built again; what follows it is compared, and is there already.
-    fn start_at_missing(&self, segment: SegmentName, held: Held) -> Start {
-        Start {
-            timeline: held.timeline,
-            position: segment.start(),
-            without_overlap: segment.start(),
-            sealed_until: segment.start(),
-            held_end: held.end,
-            parts: held.parts.into_iter().filter(|part| part.start() >= segment.end()).collect(),
-            max_time: None,
-            open_record: None,
         }
     }
 
@@ -493,72 +364,6 @@ impl Live {
                 other
             }
         }
-    }
-
-    /// Changes the start by what the session before met.
-    async fn by_way(
-        &mut self,
-        connection: &mut ReplicationConnection,
-        mut start: Start,
-        settings: &AssemblerSettings,
-    ) -> Result<Start, ArchiveError> {
-        match self.way.clone() {
-            Way::Overlapping => Ok(start),
-            // Going on directly behind what is held is possible, but nothing proves that it is the same history.
-            Way::WithoutOverlap => {
-                let at = start.without_overlap;
-                if start.held_end == at {
-                    let message = format!(
-                        "the server no longer has the WAL before {at}, so what is held could not be compared with it"
-                    );
-                    self.board.raise(CauseCode::ContinuityUnproven, message);
-                }
-                start.position = at;
-                Ok(start)
-            }
-            Way::BehindGap { why, slot_lost } => {
-                self.start_behind_gap(connection, start, settings, &why, slot_lost).await
-            }
-        }
-    }
-
-    /// An indexer that stands at `position`, and has seen the record that reaches over it from its beginning, if that is at hand.
-    pub(super) async fn indexer_at(
-        &self,
-        timeline: TimelineId,
-        position: Lsn,
-        open_record: Option<Lsn>,
-        parts: &[HeldPart],
-        branch_max_time: Option<PgTime>,
-    ) -> Result<Indexer, ArchiveError> {
-        let begin = |position| {
-            Indexer::new(IndexerStart {
-                timeline,
-                position,
-                segment_size: self.segment_size,
-                system_identifier: Some(self.system),
-                branch_max_time,
-            })
-        };
-        let first =
-            open_record.and_then(|record| parts.iter().position(|part| part.start() <= record && record < part.end()));
-        let (Some(record), Some(first)) = (open_record, first) else { return Ok(begin(position)) };
-        let page = Lsn::new(record.get() & !(PAGE_BYTES - 1)).max(parts[first].start());
-        let mut indexer = begin(page);
-        let mut at = parts[first].start();
-        let parts = parts[first..].to_vec();
-        let mut bytes = HeldBytes::read(self.spool.clone(), self.system, parts, at, position, &self.stores);
-        while at < position
-            && let Some(chunk) = bytes.next().await?
-        {
-            let skip = usize::try_from(page.bytes_since(at)).unwrap_or(usize::MAX).min(chunk.len());
-            let end = usize::try_from(position.bytes_since(at)).unwrap_or(usize::MAX).min(chunk.len());
-            if skip < end {
-                indexer.feed(&chunk[skip..end])?;
-            }
-            at = Lsn::new(at.get() + chunk.len() as u64); // usize fits
-        }
-        if indexer.position() == position { Ok(indexer) } else { Ok(begin(position)) }
     }
 
     async fn assembler(&self, start: &Start, settings: AssemblerSettings) -> Result<Assembler, ArchiveError> {
@@ -662,33 +467,5 @@ pub fn small_entry(name: &crate::spool::SpooledName, content: &[u8]) -> QueueEnt
         stored_size: content.len() as u64, // usize fits
         crc32: crc32fast::hash(content),
         stored_in: Vec::new(),
-    }
-}
-
-/// A duration as SHOW prints it: `1min`, `60s`, `500ms`, `0`.
-fn parse_guc_duration(text: &str) -> Option<Duration> {
-    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
-    let (number, unit) = text.split_at(digits);
-    let number: u64 = number.parse().ok()?;
-    match unit {
-        "ms" | "" => Some(Duration::from_millis(number)),
-        "s" => Some(Duration::from_secs(number)),
-        "min" => Some(Duration::from_secs(number.checked_mul(60)?)),
-        "h" => Some(Duration::from_secs(number.checked_mul(3600)?)),
-        "d" => Some(Duration::from_secs(number.checked_mul(86_400)?)),
-        _ => None,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn server_durations_are_read_as_show_prints_them() {
-        for (text, expected) in [("1min", 60_000), ("60s", 60_000), ("500ms", 500), ("0", 0), ("2h", 7_200_000)] {
-            assert_eq!(parse_guc_duration(text), Some(Duration::from_millis(expected)), "{text}");
-        }
-        assert_eq!(parse_guc_duration("soon"), None);
     }
 }

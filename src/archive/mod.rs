@@ -18,6 +18,8 @@ mod held;
 mod live;
 mod receiver;
 mod sealer;
+mod ship;
+mod start;
 mod tail;
 mod turn;
 mod uploader;

@@ -14,10 +14,8 @@ use super::turn::Turn;
 use super::{ArchiveError, Halt, LiveSettings};
 use crate::postgres::{WalMessage, WalStream};
 use crate::telemetry::{Board, Stage};
-use crate::wal::{Lsn, SegmentName, SegmentSize};
+use crate::wal::{Lsn, PAGE_SIZE, SegmentName, SegmentSize};
 
-/// Bytes of a page; a position exactly on a segment boundary is reported one page earlier (see `reported`).
-const PAGE_BYTES: u64 = 8192;
 /// Requests for an answer in a row, with nothing more to send, that tell a server which shuts down. One that runs does not ask, since
 /// it is told its status more often than it would.
 const SHUTS_DOWN: u32 = 3;
@@ -310,7 +308,7 @@ impl Receiver<'_> {
             (true, Some(archived)) => archived.min(durable),
             (true, None) => return Lsn::ZERO,
         };
-        let held_back = Lsn::new(durable.get().saturating_sub(PAGE_BYTES));
+        let held_back = Lsn::new(durable.get().saturating_sub(PAGE_SIZE as u64));
         let hold_back =
             self.segment_size.is_boundary(durable) && held_back >= self.begun_at && self.asked_at_end < SHUTS_DOWN;
         if hold_back { held_back } else { durable }

@@ -1,11 +1,14 @@
 use std::fs::File;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use super::{QueueEntry, QueueError};
 use crate::disk::{Disk, is_full};
 
 const META_ID: &[u8] = b"queue-id";
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+const LOCK_POLL: Duration = Duration::from_millis(10);
 
 /// How the store was found.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -67,17 +70,16 @@ impl Queue {
         let damaged = |why: String| QueueError::Damaged { path: folder.into(), why };
         // sled's recovery panics on some damage, and may open well and fail at the first read: read everything once.
         let opened = catch_unwind(AssertUnwindSafe(|| -> Result<Self, QueueError> {
-            let db = sled::Config::new()
+            let config = sled::Config::new()
                 .path(folder)
                 .mode(sled::Mode::HighThroughput)
                 .cache_capacity(4 << 20)
-                .flush_every_ms(Some(500))
-                .open()
-                .map_err(|e| match e {
-                    // Held by another process, or not ours to open: not damage.
-                    sled::Error::Io(io) => QueueError::Open { path: folder.into(), why: io.to_string() },
-                    other => damaged(other.to_string()),
-                })?;
+                .flush_every_ms(Some(500));
+            let db = open_when_unlocked(&config).map_err(|e| match e {
+                // Held by another process, or not ours to open: not damage.
+                sled::Error::Io(io) => QueueError::Open { path: folder.into(), why: io.to_string() },
+                other => damaged(other.to_string()),
+            })?;
             let entries = db.open_tree("entries").map_err(|e| damaged(e.to_string()))?;
             let path = folder.join("db");
             let db_file = File::open(&path).map_err(|e| QueueError::Open { path, why: e.to_string() })?;
@@ -164,6 +166,22 @@ impl Queue {
             sled::Error::Io(source) if is_full(&source) => QueueError::Full { path: self.folder.clone(), source },
             sled::Error::Corruption { .. } | sled::Error::CollectionNotFound(_) => self.damaged(&error.to_string()),
             other => QueueError::Write { path: self.folder.clone(), why: other.to_string() },
+        }
+    }
+}
+
+/// A store that was just dropped keeps its lock until sled's own threads let go of it.
+fn open_when_unlocked(config: &sled::Config) -> sled::Result<sled::Db> {
+    let deadline = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match config.open() {
+            // The error's kind is lost on the way (`Config::try_lock` in sled).
+            Err(sled::Error::Io(io))
+                if io.to_string().contains("could not acquire lock") && Instant::now() < deadline =>
+            {
+                std::thread::sleep(LOCK_POLL);
+            }
+            other => return other,
         }
     }
 }

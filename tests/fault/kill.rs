@@ -55,6 +55,25 @@ fn fifty_kills_under_load_lose_and_change_nothing() {
     let mut last_slot = postgres.slot_restart_lsn("walden").expect("the agent made a slot that holds WAL");
     let (mut kills, mut at_a_call) = (0, 0);
 
+    // After each kill: the slot went forward only, and not beyond what is on disk.
+    let mut check = |random: &mut Random| {
+        let slot = postgres.slot_restart_lsn("walden").expect("the slot is there");
+        assert!(slot >= last_slot, "the slot went back from {last_slot} to {slot}");
+        last_slot = slot;
+        let held = held_end(&walden, &postgres);
+        assert!(slot <= held, "the server was told {slot}, but spool and repository end at {held}");
+        match random.below(4) {
+            // The last agent may have died before it made a new one.
+            0 if walden.state().exists() => std::fs::remove_dir_all(walden.state()).expect("it can be removed"),
+            1 => {
+                postgres.psql("CHECKPOINT");
+            }
+            2 => {
+                postgres.switch_wal();
+            }
+            _ => {}
+        }
+    };
     let mut traced = false;
     while kills < KILLS || at_a_call < AT_A_CALL {
         assert!(kills < 2 * KILLS, "only {at_a_call} of {kills} kills were at an fsync, a rename or a write");
@@ -75,28 +94,14 @@ fn fifty_kills_under_load_lose_and_change_nothing() {
             agent.kill9();
         }
         kills += 1;
-        let slot = postgres.slot_restart_lsn("walden").expect("the slot is there");
-        assert!(slot >= last_slot, "the slot went back from {last_slot} to {slot}");
-        last_slot = slot;
-        let held = held_end(&walden, &postgres);
-        assert!(slot <= held, "the server was told {slot}, but spool and repository end at {held}");
-        match random.below(4) {
-            // The last agent may have died before it made a new one.
-            0 if walden.state().exists() => std::fs::remove_dir_all(walden.state()).expect("it can be removed"),
-            1 => {
-                postgres.psql("CHECKPOINT");
-            }
-            2 => {
-                postgres.switch_wal();
-            }
-            _ => {}
-        }
+        check(&mut random);
         traced = !traced;
         agent = if traced { run_traced(&stage, &walden, &mut random) } else { walden.run() };
     }
     eprintln!("{kills} kills, {at_a_call} of them at a call");
     kill_traced(&stage);
     agent.kill9();
+    check(&mut random);
 
     let mut agent = walden.run_connected();
     load.stop();

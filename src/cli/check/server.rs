@@ -9,7 +9,7 @@ use crate::cli::error::chain;
 use crate::cli::output::size as size_text;
 use crate::config::Settings;
 use crate::daemon;
-use crate::postgres::{ConnectSettings, PostgresError, ReplicationConnection, ReplicationPlaces, Sql};
+use crate::postgres::{ConnectSettings, PostgresError, ReplicationConnection, ReplicationPlaces, Sql, shown_duration};
 use crate::telemetry::{Clock, SystemClock};
 use crate::wal::SystemIdentifier;
 
@@ -202,7 +202,7 @@ fn senders(places: ReplicationPlaces, needed: u64) -> Check {
 
 fn sender_timeout(shown: &str, status_interval: Duration) -> Check {
     const NAME: &str = "wal_sender_timeout";
-    let Some(timeout) = parse_duration(shown) else { return Check::good(NAME, shown) };
+    let Some(timeout) = shown_duration(shown) else { return Check::good(NAME, shown) };
     if timeout.is_zero() {
         let hint = "set it to 60s, so that the server notices a vanished agent and frees its slot";
         return Check::remark(NAME, "0: the server never ends a dead connection", hint);
@@ -213,22 +213,6 @@ fn sender_timeout(shown: &str, status_interval: Duration) -> Check {
         return Check::remark(NAME, message, "raise it; PostgreSQL's default is 60s");
     }
     Check::good(NAME, format!("{shown}; Walden reports every {answered:.1} s at least"))
-}
-
-/// `1min`, `60s`, `500ms`, `0`: as SHOW prints it.
-fn parse_duration(text: &str) -> Option<Duration> {
-    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
-    let (number, unit) = text.split_at(digits);
-    let number: u64 = number.parse().ok()?;
-    let milliseconds = match unit {
-        "ms" | "" => 1,
-        "s" => 1000,
-        "min" => 60_000,
-        "h" => 3_600_000,
-        "d" => 86_400_000,
-        _ => return None,
-    };
-    number.checked_mul(milliseconds).map(Duration::from_millis)
 }
 
 /// `*` makes every receiver a synchronous standby, so that commits wait for this one's disk.

@@ -1,8 +1,12 @@
+use super::listing::{Held, Judgement};
+use super::patience::{Persistence, persistence};
 use super::*;
 use crate::repository::test_support::{SYSTEM, seal, seal_with, writer};
-use crate::repository::{BackupId, RepositoryWriter, StoredPart};
+use crate::repository::{BackupId, Piece, RepositoryWriter, StoredPart};
 use crate::restore::plan_file::{PlannedPiece, PlannedRun};
 use crate::seal::combine_crc32;
+use crate::storage::StorageError;
+use crate::wal::Lsn;
 use crate::wal::Summary;
 
 const MIB: u64 = 1 << 20;
@@ -161,7 +165,8 @@ fn the_judgement_of_a_complete_listing() {
     let piece =
         |start, end| Piece { segment: segment(1, 7), start, end, compression: Compression::Lz4, stored_bytes: 5000 };
     let held = |last: u64, pieces: &[Piece]| {
-        let mut held = Held { pieces: pieces.to_vec(), ..Held::default() };
+        let mut held = Held::default();
+        held.pieces = pieces.to_vec();
         held.note(segment(1, last), segment(1, last).end());
         for piece in pieces {
             held.note(piece.segment, piece.end_lsn());

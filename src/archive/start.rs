@@ -1,0 +1,207 @@
+//! Where a session begins: behind what is held, with an overlap to compare (I7), on the timeline that the server names (I10).
+
+use super::ArchiveError;
+use super::assembler::AssemblerSettings;
+use super::held::{Held, HeldBytes, HeldPart};
+use super::live::{Live, Way};
+use crate::postgres::{ReplicationConnection, SystemInfo};
+use crate::telemetry::CauseCode;
+use crate::wal::{Indexer, IndexerStart, Lsn, PAGE_SIZE, PgTime, SegmentName, TimelineId};
+
+/// Where to begin, and with what.
+pub(super) struct Start {
+    pub timeline: TimelineId,
+    pub position: Lsn,
+    /// The position behind what is held, should the overlap not be there any more.
+    pub without_overlap: Lsn,
+    pub sealed_until: Lsn,
+    pub held_end: Lsn,
+    pub parts: Vec<HeldPart>,
+    pub max_time: Option<PgTime>,
+    /// Where the record starts that reaches over `position`: it must be seen from there, or it is in no summary.
+    pub open_record: Option<Lsn>,
+}
+
+impl Live {
+    /// Nothing is held: the first segment of which all is there.
+    pub(super) async fn first_start(
+        &self,
+        connection: &mut ReplicationConnection,
+        info: &SystemInfo,
+        slot: Option<Lsn>,
+    ) -> Result<Start, ArchiveError> {
+        let from = self.segment_size.start_of(slot.unwrap_or(info.flush_lsn));
+        let timeline = match self.history(connection, info.timeline).await? {
+            Some(history) => history.timeline_at(from),
+            None => info.timeline,
+        };
+        tracing::info!(%from, %timeline, "archiving begins here");
+        Ok(Start {
+            timeline,
+            position: from,
+            without_overlap: from,
+            sealed_until: from,
+            held_end: from,
+            parts: Vec::new(),
+            max_time: None,
+            open_record: None,
+        })
+    }
+
+    /// Goes on behind what is held, on the same timeline or on the one that follows it by the server's own account.
+    pub(super) async fn next_start(
+        &self,
+        connection: &mut ReplicationConnection,
+        info: &SystemInfo,
+        held: Held,
+        settings: &AssemblerSettings,
+    ) -> Result<Start, ArchiveError> {
+        let other_branch = || ArchiveError::OtherBranch { server: info.timeline.get(), held: held.timeline.get() };
+        if info.timeline < held.timeline {
+            return Err(ArchiveError::Behind { server: info.flush_lsn, held: held.end });
+        }
+        if info.timeline == held.timeline {
+            // A part that was closed by a switch is not gone on with by the server that was left behind; one that was closed because
+            // WAL behind it was lost is built again, if the server has it after all.
+            let left_behind = held.closed && self.histories_spooled.iter().any(|newer| *newer > held.timeline);
+            if left_behind || info.flush_lsn < held.end {
+                return Err(ArchiveError::Behind { server: info.flush_lsn, held: held.end });
+            }
+            if let Some(segment) = self.missing.first(held.timeline).filter(|segment| segment.end() <= held.sealed_end)
+            {
+                tracing::warn!(%segment, "fetching a lost segment again");
+                return Ok(self.start_at_missing(segment, held));
+            }
+            return Ok(self.start_after(held));
+        }
+        let history = self.history(connection, info.timeline).await?.ok_or_else(other_branch)?;
+        let Some((_, Some(switch))) = history.range_of(held.timeline) else { return Err(other_branch()) };
+        if held.end < switch {
+            return Ok(self.start_after(held));
+        }
+        let next = history.timeline_at(switch);
+        tracing::info!(from = %held.timeline, to = %next, at = %switch, "the timeline changes");
+        if !held.closed {
+            self.seal_partial(settings, &held, switch).await?;
+        }
+        let position = self.segment_size.start_of(switch);
+        Ok(Start {
+            timeline: next,
+            position,
+            without_overlap: position,
+            sealed_until: position,
+            held_end: switch,
+            parts: held.parts,
+            max_time: held.max_time,
+            open_record: held.open_record.filter(|record| *record < position),
+        })
+    }
+
+    fn start_after(&self, held: Held) -> Start {
+        let size = self.segment_size.get();
+        // At a boundary the last whole segment is asked for again, so that there is something to compare (I7).
+        let overlap = if held.end > held.sealed_end {
+            held.sealed_end
+        } else {
+            Lsn::new(held.sealed_end.get().saturating_sub(size))
+        };
+        let mut position = overlap;
+        let open_record = held.open_record.filter(|record| *record < overlap);
+        if let Some(record) = open_record
+            && !held.parts.iter().any(|part| part.start() <= record && record < part.end())
+        {
+            // Not at hand: the server has it, most likely.
+            position = self.segment_size.start_of(record);
+        }
+        Start {
+            timeline: held.timeline,
+            position,
+            without_overlap: held.sealed_end,
+            sealed_until: held.sealed_end,
+            held_end: held.end,
+            parts: held.parts,
+            max_time: held.max_time,
+            open_record: open_record.filter(|record| *record < position),
+        }
+    }
+
+    /// A held segment was lost from the spool. It is built again; what follows it is compared, and is there already.
+    fn start_at_missing(&self, segment: SegmentName, held: Held) -> Start {
+        Start {
+            timeline: held.timeline,
+            position: segment.start(),
+            without_overlap: segment.start(),
+            sealed_until: segment.start(),
+            held_end: held.end,
+            parts: held.parts.into_iter().filter(|part| part.start() >= segment.end()).collect(),
+            max_time: None,
+            open_record: None,
+        }
+    }
+
+    /// Changes the start by what the session before met.
+    pub(super) async fn by_way(
+        &mut self,
+        connection: &mut ReplicationConnection,
+        mut start: Start,
+        settings: &AssemblerSettings,
+    ) -> Result<Start, ArchiveError> {
+        match self.way.clone() {
+            Way::Overlapping => Ok(start),
+            // Going on directly behind what is held is possible, but nothing proves that it is the same history.
+            Way::WithoutOverlap => {
+                let at = start.without_overlap;
+                if start.held_end == at {
+                    let message = format!(
+                        "the server no longer has the WAL before {at}, so what is held could not be compared with it"
+                    );
+                    self.board.raise(CauseCode::ContinuityUnproven, message);
+                }
+                start.position = at;
+                Ok(start)
+            }
+            Way::BehindGap { why, slot_lost } => {
+                self.start_behind_gap(connection, start, settings, &why, slot_lost).await
+            }
+        }
+    }
+
+    /// An indexer that stands at `position`, and has seen the record that reaches over it from its beginning, if that is at hand.
+    pub(super) async fn indexer_at(
+        &self,
+        timeline: TimelineId,
+        position: Lsn,
+        open_record: Option<Lsn>,
+        parts: &[HeldPart],
+        branch_max_time: Option<PgTime>,
+    ) -> Result<Indexer, ArchiveError> {
+        let begin = |position| {
+            Indexer::new(IndexerStart {
+                timeline,
+                position,
+                segment_size: self.segment_size,
+                system_identifier: Some(self.system),
+                branch_max_time,
+            })
+        };
+        let first =
+            open_record.and_then(|record| parts.iter().position(|part| part.start() <= record && record < part.end()));
+        let (Some(record), Some(first)) = (open_record, first) else { return Ok(begin(position)) };
+        let page = Lsn::new(record.get() & !(PAGE_SIZE as u64 - 1)).max(parts[first].start());
+        let mut indexer = begin(page);
+        let mut at = parts[first].start();
+        let parts = parts[first..].to_vec();
+        let mut bytes = HeldBytes::read(self.spool.clone(), self.system, parts, at, position, &self.stores);
+        while at < position
+            && let Some(chunk) = bytes.next().await?
+        {
+            let skip = usize::try_from(page.bytes_since(at)).unwrap_or(usize::MAX).min(chunk.len());
+            let end = usize::try_from(position.bytes_since(at)).unwrap_or(usize::MAX).min(chunk.len());
+            if skip < end {
+                indexer.feed(&chunk[skip..end])?;
+            }
+            at = Lsn::new(at.get() + chunk.len() as u64); // usize fits
+        }
+        if indexer.position() == position { Ok(indexer) } else { Ok(begin(position)) }
+    }
+}

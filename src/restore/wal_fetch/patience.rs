@@ -1,0 +1,77 @@
+//! What is worth waiting out, and for how long.
+
+use std::time::{Duration, Instant};
+
+use super::FetchOutcome;
+use crate::failure::NextStep;
+use crate::repository::RepositoryError;
+use crate::restore::RestoreError;
+use crate::storage::{Backoff, StorageError};
+
+/// Tries for what will hardly change by itself: an object that is missing or damaged, perhaps only on its way.
+const FEW_TRIES: u32 = 3;
+const DELAY_MAX: Duration = Duration::from_secs(5);
+
+/// Repeats what may pass by itself until `patience` is over.
+pub(super) async fn patiently<F: Future<Output = Result<FetchOutcome, RestoreError>>>(
+    patience: Duration,
+    mut attempt: impl FnMut() -> F,
+) -> Result<FetchOutcome, RestoreError> {
+    let started = Instant::now();
+    let (mut backoff, mut tries) = (Backoff::new(DELAY_MAX), 0);
+    loop {
+        let error = match tokio::time::timeout(patience.saturating_sub(started.elapsed()), attempt()).await {
+            Ok(Ok(outcome)) => return Ok(outcome),
+            Ok(Err(error)) => error,
+            Err(_) => return Err(RestoreError::Timeout { seconds: patience.as_secs() }),
+        };
+        tries += 1;
+        let tries_max = match persistence(&error) {
+            Persistence::UntilPatienceEnds => u32::MAX,
+            Persistence::FewTries => FEW_TRIES,
+            Persistence::None => 1,
+        };
+        let delay = backoff.next_delay();
+        if tries >= tries_max || started.elapsed() + delay >= patience {
+            return Err(error);
+        }
+        tracing::warn!(error = %crate::restore::error::with_sources(&error), "trying again");
+        tokio::time::sleep(delay).await;
+    }
+}
+
+/// How long an error is worth waiting out. PostgreSQL stops at 255, and an operator starts it again when the cause is gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Persistence {
+    /// An outage: nothing was answered, or "later".
+    UntilPatienceEnds,
+    /// An answer that says no, or bytes that are wrong, perhaps only on their way.
+    FewTries,
+    /// It will be the same each time.
+    None,
+}
+
+pub(super) fn persistence(error: &RestoreError) -> Persistence {
+    let of_disk = |source: &std::io::Error| match source.kind() {
+        std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => Persistence::UntilPatienceEnds,
+        _ => Persistence::None,
+    };
+    match error {
+        RestoreError::Repository(RepositoryError::Storage(error)) => match error {
+            StorageError::Unavailable { .. } | StorageError::Throttled { .. } => Persistence::UntilPatienceEnds,
+            StorageError::Settings { .. } => Persistence::None,
+            StorageError::NotFound { .. }
+            | StorageError::Denied { .. }
+            | StorageError::NoBucket { .. }
+            | StorageError::Full { .. }
+            | StorageError::Damaged { .. }
+            | StorageError::TooLarge { .. }
+            | StorageError::SourceDamaged { .. } => Persistence::FewTries,
+        },
+        RestoreError::Repository(RepositoryError::Local { source, .. }) | RestoreError::Io { source, .. } => {
+            of_disk(source)
+        }
+        error if error.exit_code() == 5 || error.next_step() == NextStep::Retry => Persistence::FewTries,
+        _ => Persistence::None,
+    }
+}
