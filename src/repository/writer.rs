@@ -2,7 +2,6 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
-use futures_util::TryStreamExt;
 
 use super::objects::SMALL_OBJECT_BYTES_MAX;
 use super::{
@@ -236,13 +235,7 @@ impl Archive {
         if let Some(found) = info.crc32 {
             return Ok(found == crc32);
         }
-        let mut stream = self.get_stream(key).await?;
-        let (mut hasher, mut length) = (crc32fast::Hasher::new(), 0);
-        while let Some(chunk) = stream.try_next().await? {
-            hasher.update(&chunk);
-            length += chunk.len() as u64; // usize fits
-        }
-        Ok(length == size && hasher.finalize() == crc32)
+        Ok(self.store().sum(key).await? == (size, crc32))
     }
 }
 

@@ -15,6 +15,7 @@ use std::path::PathBuf;
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use futures_util::TryStreamExt;
 
 use crate::failure::NextStep;
 
@@ -110,6 +111,17 @@ pub trait ObjectStore: Send + Sync + fmt::Debug {
 
     /// The object as a stream of chunks (bounded memory), from its beginning. A connection that ends early is an error in the stream.
     async fn get_stream(&self, key: &str) -> Result<ObjectStream, StorageError>;
+
+    /// The length and the CRC-32 of the object's bytes as they are now, by reading it whole.
+    async fn sum(&self, key: &str) -> Result<(u64, u32), StorageError> {
+        let mut stream = self.get_stream(key).await?;
+        let (mut hasher, mut length) = (crc32fast::Hasher::new(), 0);
+        while let Some(chunk) = stream.try_next().await? {
+            hasher.update(&chunk);
+            length += chunk.len() as u64; // usize fits
+        }
+        Ok((length, hasher.finalize()))
+    }
 
     /// `None` is a definite "no such object"; anything unclear is an error.
     async fn head(&self, key: &str) -> Result<Option<ObjectInfo>, StorageError>;

@@ -51,6 +51,19 @@ pub(super) fn for_pieces<E>(
     Ok(())
 }
 
+/// The CRC-32 of the first `length` bytes.
+pub(super) fn sum_of(source: &File, length: u64) -> Result<u32, String> {
+    let mut sum = crc32fast::Hasher::new();
+    let read = for_pieces(source, 0, length, &mut |piece| {
+        sum.update(piece);
+        Ok(())
+    });
+    read.map_err(|error| match error {
+        PieceError::Source(why) | PieceError::Work(why) => why,
+    })?;
+    Ok(sum.finalize())
+}
+
 pub(super) fn check_crc32(found: u32, expected: u32) -> Result<(), String> {
     if found == expected { Ok(()) } else { Err(format!("their CRC-32 is {found:08x} instead of {expected:08x}")) }
 }

@@ -24,6 +24,7 @@ use rustix::io::Errno;
 use self::multipart::LocalUpload;
 use self::tree::{Tree, split};
 use super::keys::{check_key, check_prefix};
+use super::source::sum_of;
 use super::{
     Abilities, Body, BoxError, MultipartUpload, ObjectInfo, ObjectStore, ObjectStream, PIECE, PutOutcome, StorageError,
 };
@@ -126,6 +127,22 @@ impl ObjectStore for LocalStore {
             }
         });
         Ok(Box::pin(stream))
+    }
+
+    /// In one go on one thread, since the read-back of every segment comes through here.
+    async fn sum(&self, key: &str) -> Result<(u64, u32), StorageError> {
+        check_key(&self.tree.url, key)?;
+        let (tree, key) = (self.tree.clone(), key.to_owned());
+        blocking(move || {
+            let (file, size) = open_object(&tree, &key)?;
+            let sum = sum_of(&file, size).map_err(|why| StorageError::Unavailable {
+                url: tree.url.clone(),
+                what: format!("reading {key}: {why}"),
+                source: None,
+            })?;
+            Ok((size, sum))
+        })
+        .await
     }
 
     async fn head(&self, key: &str) -> Result<Option<ObjectInfo>, StorageError> {

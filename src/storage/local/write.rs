@@ -10,7 +10,7 @@ use super::lock::DirectoryLock;
 use super::publish::{Publish, publish, publish_link};
 use super::tree::{Tree, split};
 use super::{io_error, read_whole};
-use crate::storage::source::{self, PieceError, check_crc32, for_pieces};
+use crate::storage::source::{self, PieceError, check_crc32, for_pieces, sum_of};
 use crate::storage::{Body, PutOutcome, StorageError};
 
 pub(super) fn put_new(tree: &Arc<Tree>, key: &str, body: &Body, crc32: u32) -> Result<PutOutcome, StorageError> {
@@ -69,18 +69,6 @@ impl Span<'_> {
         file.write_all(self.suffix).map_err(failed)?;
         check_crc32(sum.finalize(), crc32).map_err(damaged)
     }
-}
-
-fn sum_of(source: &File, length: u64) -> Result<u32, String> {
-    let mut sum = crc32fast::Hasher::new();
-    let read = for_pieces(source, 0, length, &mut |piece| {
-        sum.update(piece);
-        Ok(())
-    });
-    read.map_err(|error| match error {
-        PieceError::Source(why) | PieceError::Work(why) => why,
-    })?;
-    Ok(sum.finalize())
 }
 
 pub(super) fn compare_and_swap(

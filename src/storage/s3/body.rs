@@ -8,11 +8,11 @@ use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, ready};
 
+use aws_lc_rs::digest::{Context as Digest, SHA256};
 use aws_smithy_types::body::SdkBody;
 use bytes::{Bytes, BytesMut};
 use futures_util::Stream;
 use http_body::{Frame, SizeHint};
-use sha2::{Digest, Sha256};
 
 use crate::storage::source::{self, check_crc32};
 use crate::storage::{Body, BoxError, PIECE};
@@ -80,7 +80,7 @@ impl Source {
 
     fn digest(&self, signed: bool) -> Result<Option<String>, String> {
         let mut sum = crc32fast::Hasher::new();
-        let mut sha = signed.then(Sha256::new);
+        let mut sha = signed.then(|| Digest::new(&SHA256));
         let mut reader = Reader::new(self);
         while let Some(piece) = reader.next()? {
             sum.update(&piece);
@@ -89,7 +89,7 @@ impl Source {
             }
         }
         check_crc32(sum.finalize(), self.crc32)?;
-        Ok(sha.map(|sha| sha.finalize().iter().map(|byte| format!("{byte:02x}")).collect()))
+        Ok(sha.map(|sha| sha.finish().as_ref().iter().map(|byte| format!("{byte:02x}")).collect()))
     }
 
     /// A body that the SDK can make anew for another try.
@@ -253,7 +253,8 @@ mod tests {
             assert_eq!(body.collect().await.unwrap().to_bytes(), expected);
         }
         assert_eq!(source.damage(), None);
-        let sha: String = Sha256::digest(&expected).iter().map(|byte| format!("{byte:02x}")).collect();
+        let sha: String =
+            <sha2::Sha256 as sha2::Digest>::digest(&expected).iter().map(|byte| format!("{byte:02x}")).collect();
         assert_eq!(source.prepare(true).await.unwrap(), Some(sha));
         assert_eq!(source.prepare(false).await.unwrap(), None);
     }

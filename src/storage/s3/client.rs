@@ -4,6 +4,7 @@
 //! not followed: they would carry signed requests to hosts that nobody named.
 
 use std::fmt;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant, SystemTime};
@@ -49,8 +50,8 @@ pub(super) struct Clients {
     http: SharedHttpClient,
     current: RwLock<Current>,
     clock: Arc<StoreClock>,
-    /// The connection is not protected, so bodies are hashed for the signature.
-    pub(super) is_plain: bool,
+    /// Plain http beyond this host: nothing protects the connection, so bodies are hashed for the signature.
+    pub(super) is_exposed: bool,
 }
 
 struct Current {
@@ -63,9 +64,9 @@ impl Clients {
     pub(super) async fn open(settings: S3Settings) -> Result<Self, StorageError> {
         let http = http_client(&settings).await?;
         let clock = Arc::new(StoreClock::default());
-        let (client, is_plain) = make_client(&settings, &http, &clock).await?;
+        let (client, is_exposed) = make_client(&settings, &http, &clock).await?;
         let current = RwLock::new(Current { client, made: Instant::now() });
-        Ok(Self { settings, http, current, clock, is_plain })
+        Ok(Self { settings, http, current, clock, is_exposed })
     }
 
     pub(super) fn get(&self) -> Client {
@@ -142,8 +143,23 @@ async fn make_client(
         // Without a cache the files are read for each request.
         config = config.credentials_provider(files).identity_cache(IdentityCache::no_cache());
     }
-    let is_plain = endpoint.is_some_and(|endpoint| endpoint.starts_with("http://"));
-    Ok((Client::from_conf(config.build()), is_plain))
+    let is_exposed = endpoint.is_some_and(|endpoint| is_exposed(&endpoint));
+    Ok((Client::from_conf(config.build()), is_exposed))
+}
+
+/// Whether an endpoint is spoken to without TLS over a network.
+fn is_exposed(endpoint: &str) -> bool {
+    let Some(rest) = endpoint.strip_prefix("http://") else { return false };
+    let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
+    let host = authority.rsplit_once('@').map_or(authority, |(_, host)| host);
+    let address = host.parse::<SocketAddr>().map(|address| address.ip()).or_else(|_| {
+        let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
+        bare.unwrap_or(host).parse::<IpAddr>()
+    });
+    match address {
+        Ok(address) => !address.is_loopback(),
+        Err(_) => host != "localhost" && host.split_once(':').is_none_or(|(name, _)| name != "localhost"),
+    }
 }
 
 async fn load_shared(settings: &S3Settings, http: &SharedHttpClient) -> SdkConfig {
@@ -274,7 +290,7 @@ impl Intercept for ClockReader {
     }
 }
 
-/// Signs a request with the hash of its body, or, where TLS protects it, without (the checksum in the header covers it).
+/// Signs a request with the hash of its body, or, where TLS or the loopback protects it, without (the checksum in the header covers it).
 #[derive(Debug)]
 pub(super) struct PayloadSignature(pub(super) Option<String>);
 
@@ -311,6 +327,25 @@ mod tests {
         assert_eq!(clock.skew_seconds(), Some(3600.5));
         clock.note("nonsense", now);
         assert_eq!(clock.skew_seconds(), Some(3600.5));
+    }
+
+    #[test]
+    fn only_plain_http_over_a_network_is_exposed() {
+        for endpoint in
+            ["http://10.0.0.1:9000", "http://minio.local", "http://127.evil.example:80", "http://localhost.example"]
+        {
+            assert!(is_exposed(endpoint), "{endpoint}");
+        }
+        for endpoint in [
+            "https://10.0.0.1",
+            "http://127.0.0.1:9000",
+            "http://[::1]:9000/",
+            "http://[::1]",
+            "http://localhost:9000",
+            "http://localhost",
+        ] {
+            assert!(!is_exposed(endpoint), "{endpoint}");
+        }
     }
 
     #[test]

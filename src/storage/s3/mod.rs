@@ -41,7 +41,7 @@ pub async fn open_s3(settings: S3Settings) -> Result<Arc<dyn ObjectStore>, Stora
     };
     check_prefix(&url, &prefix)?;
     let clients = Clients::open(settings.clone()).await?;
-    if clients.is_plain && !settings.endpoint.as_deref().is_some_and(is_loopback) {
+    if clients.is_exposed {
         tracing::warn!(repository = %settings.name, %url, "the store is reached over plain http: what is stored can be read on the way");
     }
     let bucket = Bucket {
@@ -53,11 +53,6 @@ pub async fn open_s3(settings: S3Settings) -> Result<Arc<dyn ObjectStore>, Stora
         conditions_refused: AtomicBool::new(false),
     };
     Ok(Arc::new(S3Store { bucket: Arc::new(bucket) }))
-}
-
-fn is_loopback(endpoint: &str) -> bool {
-    let host = endpoint.strip_prefix("http://").unwrap_or(endpoint);
-    ["localhost", "127.", "[::1]"].iter().any(|name| host.starts_with(name))
 }
 
 struct S3Store {

@@ -162,7 +162,7 @@ impl MultipartUpload for S3Upload {
             part_number.ok_or_else(|| bucket.unavailable("storing", key, "parts are numbered from 1 to 10000"))?;
         let damaged = |why: String| bucket.source_damaged(key, why);
         let source = Source::new(&Body::Bytes(bytes), crc32).map_err(damaged)?;
-        let signature = source.prepare(bucket.clients.is_plain).await.map_err(damaged)?;
+        let signature = source.prepare(bucket.clients.is_exposed).await.map_err(damaged)?;
         let sent = bucket
             .client()
             .upload_part()

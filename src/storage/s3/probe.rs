@@ -51,7 +51,7 @@ impl Bucket {
     async fn try_write(&self, key: &str, bytes: &'static [u8], condition: Condition<'_>) -> Result<bool, StorageError> {
         let body = Body::Bytes(Bytes::from_static(bytes));
         let source = Source::new(&body, crc32fast::hash(bytes)).map_err(|why| self.source_damaged(key, why))?;
-        let signature = source.prepare(self.clients.is_plain).await.map_err(|why| self.source_damaged(key, why))?;
+        let signature = source.prepare(self.clients.is_exposed).await.map_err(|why| self.source_damaged(key, why))?;
         let mut written = self.write_once(key, &source, signature.clone(), condition).await?;
         if matches!(written, Written::Conflict) {
             written = self.write_once(key, &source, signature, condition).await?;

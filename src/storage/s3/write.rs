@@ -36,7 +36,7 @@ pub(super) enum Written {
 impl Bucket {
     /// Writes under the condition, again while another write for the key is under way. `false`: the condition did not hold.
     async fn write(&self, key: &str, source: &Source, condition: Condition<'_>) -> Result<bool, StorageError> {
-        let signature = source.prepare(self.clients.is_plain).await.map_err(|why| self.source_damaged(key, why))?;
+        let signature = source.prepare(self.clients.is_exposed).await.map_err(|why| self.source_damaged(key, why))?;
         for attempt in 1..=CONFLICT_TRIES {
             match self.write_once(key, source, signature.clone(), condition).await? {
                 Written::Created => return Ok(true),
