@@ -284,5 +284,6 @@ fn describe(
         tablespaces: tablespaces.collect(),
         volumes,
         manifest: Some(manifest),
+        checksum_failures: streamed.checksum_failures.clone(),
     })
 }

@@ -49,6 +49,8 @@ pub(super) struct Streamed {
     pub(super) tablespaces: Vec<Tablespace>,
     pub(super) control: ControlFile,
     pub(super) raw_bytes: u64,
+    /// What the server said of pages whose checksum is wrong.
+    pub(super) checksum_failures: Vec<String>,
 }
 
 /// Runs the job on a thread of its own. The sender is dropped when the last part was given.
@@ -133,6 +135,13 @@ impl StreamJob {
             }
         };
         let stop_time = (self.clock)();
+        let warnings = backup.take_warnings();
+        let checksum_failures = if backup.pages_damaged() {
+            warnings
+        } else {
+            warnings.iter().for_each(|warning| tracing::warn!("the server said during the base backup: {warning}"));
+            Vec::new()
+        };
         let Reading::Manifest(manifest) = reading else {
             return Err(BackupError::Manifest { why: "the server sent none".into() });
         };
@@ -154,6 +163,7 @@ impl StreamJob {
             tablespaces: backup.tablespaces,
             control,
             raw_bytes,
+            checksum_failures,
         })
     }
 

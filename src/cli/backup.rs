@@ -39,7 +39,10 @@ pub fn run(settings: &Settings, output: &Output, args: &BackupArgs) -> Result<u8
                 json.duration_seconds
             ))?;
         }
-        Ok(exit::DONE)
+        match json.pages_damaged() {
+            None => Ok(exit::DONE),
+            Some(what) => Err(CliError::new(exit::FAILED, what, backups::PAGES_HINT)),
+        }
     })
 }
 

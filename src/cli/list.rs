@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::args::ListArgs;
 use super::error::CliError;
-use super::output::Output;
+use super::output::{Output, clean};
 use super::{exit, reading};
 use crate::config::Settings;
 use crate::repository::{Archive, BackupJson, Catalog, Repository, Window};
@@ -125,6 +125,9 @@ impl Found {
                 ]);
             }
             text.push_str(&format!("{table}\n"));
+            for damaged in self.catalog.backups.iter().filter_map(BackupJson::pages_damaged) {
+                text.push_str(&format!("\nDAMAGED PAGES: {}\n", clean(&damaged)));
+            }
         }
         text.push('\n');
         if self.windows.is_empty() {
@@ -172,6 +175,7 @@ fn backup_json(backup: &BackupJson) -> Value {
         "parent": backup.parent,
         "label": backup.label,
         "duration_seconds": backup.duration_seconds,
+        "checksum_failures": backup.checksum_failures,
     })
 }
 
@@ -187,9 +191,4 @@ fn moment(time: Option<PgTime>) -> String {
 
 fn size(bytes: u64) -> String {
     ByteSize::b(bytes).display().iec().to_string()
-}
-
-/// Texts come from a repository; a terminal must not be steered by them.
-fn clean(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }

@@ -114,3 +114,8 @@ pub fn count(number: impl TryInto<u64>, what: &str) -> String {
 pub fn tell(text: &str) {
     let _ = writeln!(io::stderr().lock(), "{text}");
 }
+
+/// Words that others chose, in a repository or a server, on one line: a terminal must not be steered by them.
+pub fn clean(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+}

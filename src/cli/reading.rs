@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use super::args::{Action, Point, TargetArgs};
 use super::error::{CliError, chain};
 use super::exit;
-use super::output::{count, size};
+use super::output::{clean, count, size};
 use crate::config::Settings;
 use crate::daemon;
 use crate::repository::{BackupId, Repository, RepositoryError, Window};
@@ -157,6 +157,9 @@ pub fn plan_lines(plan: &Plan) -> Vec<String> {
     if plan.last_kept.is_some() || plan.first_left_out.is_some() {
         lines.push(format!("last commit or abort kept: {}", mark(plan.last_kept)));
         lines.push(format!("first left out: {}", mark(plan.first_left_out)));
+    }
+    if let Some(damaged) = plan.backup.pages_damaged() {
+        lines.push(format!("DAMAGED PAGES: {}; --backup ID takes another backup", clean(&damaged)));
     }
     lines
 }

@@ -6,7 +6,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::error::CliError;
-use super::output::{Output, count, size};
+use super::output::{Output, clean, count, size};
 use super::{exit, http};
 use crate::config::Settings;
 use crate::telemetry::{CauseCode, Clock, LastBackupJson, StatusJson, SystemClock};
@@ -122,11 +122,6 @@ impl Page {
     fn row(&mut self, name: &str, value: String) {
         self.text.push_str(&format!("{name:<22} {}\n", clean(&value)));
     }
-}
-
-/// Texts come from a server, a store or an agent; a terminal must not be steered by them.
-fn clean(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
 fn or_unknown(value: Option<impl ToString>) -> String {

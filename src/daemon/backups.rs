@@ -20,6 +20,9 @@ const WAL_POLL: Duration = Duration::from_millis(500);
 /// How often it is looked whether a backup is due.
 const DUE_POLL: Duration = Duration::from_secs(1);
 
+/// What to do about pages whose checksum is wrong. The backup is kept: it is the best that the server has to give.
+pub const PAGES_HINT: &str = "keep the older backups; `SELECT pg_filenode_relation(0, FILE)` in that database names the relation to repair or restore";
+
 /// Waits for WAL by what the repositories themselves show, whoever brings it there.
 pub struct StoredWal {
     pub archives: Vec<Archive>,
@@ -157,6 +160,10 @@ impl Backups {
         let Some(archive) = self.archives.first() else { return Ok(true) };
         let catalog = archive.catalog().await?;
         self.board.set_last_backup(catalog.backups.last().map(facts));
+        match catalog.backups.last().and_then(BackupJson::pages_damaged) {
+            Some(what) => self.board.raise(CauseCode::PagesDamaged, format!("{what}; {PAGES_HINT}")),
+            None => self.board.clear(CauseCode::PagesDamaged),
+        }
         // The window that reaches the present is the one that ends last on the newest timeline.
         let newest = catalog.newest_timeline();
         let windows = catalog.windows();

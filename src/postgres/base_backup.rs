@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use crate::wal::{Lsn, TimelineId};
 
-use super::answer::{Row, optional_column, parse_row, parsed_column, text};
+use super::answer::{Row, optional_column, parse_error, parse_row, parsed_column, text};
 use super::error::Asked;
 use super::replication::{VERSION_15, timeline};
 use super::wire::{HEADER, unexpected};
@@ -60,9 +60,14 @@ pub struct BaseBackup {
     copying: bool,
     archives_begun: usize,
     stop: Option<(Lsn, TimelineId)>,
+    /// The server has found pages whose checksum is wrong: it ends a backup that is whole otherwise with an error.
+    pages_damaged: bool,
     ended: bool,
     silence_limit: Duration,
 }
+
+/// `ERRCODE_DATA_CORRUPTED`, in `src/backend/utils/errcodes.txt`.
+const DATA_CORRUPTED: &str = "XX001";
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Content {
@@ -141,6 +146,7 @@ impl BaseBackup {
             copying: true,
             archives_begun: 0,
             stop: None,
+            pages_damaged: false,
             ended: false,
             silence_limit: SILENCE_LIMIT,
         })
@@ -173,6 +179,16 @@ impl BaseBackup {
             Front::ManifestBegins => BackupEvent::ManifestBegins,
             Front::End { stop_lsn, stop_timeline } => BackupEvent::End { stop_lsn, stop_timeline },
         })
+    }
+
+    /// What the server has warned of until now, in its words.
+    pub fn take_warnings(&mut self) -> Vec<String> {
+        self.connection.wire.take_warnings()
+    }
+
+    /// After `End`: the server has found pages whose checksum is wrong. Its warnings name them; the backup is whole otherwise.
+    pub fn pages_damaged(&self) -> bool {
+        self.pages_damaged
     }
 
     /// The connection, to be used again after `End`.
@@ -237,6 +253,8 @@ impl BaseBackup {
             }
             b'T' | b'C' if !self.copying => {}
             b'Z' if !self.copying => return self.end().map(Some),
+            // The last thing of all, after the end's position (`perform_base_backup` in `src/backend/backup/basebackup.c`).
+            b'E' if self.stop.is_some() && parse_error(&body).sqlstate == DATA_CORRUPTED => self.pages_damaged = true,
             b'E' => return Err(self.connection.wire.fail(Asked::BaseBackup, &body).await),
             tag => return Err(unexpected(tag, "BASE_BACKUP")),
         }

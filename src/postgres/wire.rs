@@ -26,6 +26,8 @@ const LIMIT_STARTUP: usize = 64 * 1024;
 const LIMIT_READY: usize = 2 * 1024 * 1024;
 pub(super) const COPY_DATA_MAX: usize = 16 * 1024 * 1024;
 const ROWS_MAX: usize = 65_536;
+const WARNINGS_MAX: usize = 100;
+const WARNING_CHARS_MAX: usize = 512;
 /// Beyond this the server is not reading; further status messages are pointless until it does.
 const OUTBOX_MAX: usize = 16 * 1024;
 
@@ -38,6 +40,8 @@ pub(super) struct Wire {
     outbox: BytesMut,
     limit: usize,
     parameters: HashMap<String, String>,
+    /// What the server has warned of.
+    warnings: Vec<String>,
     /// A command was sent and its end not seen: if its future was dropped, the connection cannot be used again.
     busy: bool,
 }
@@ -61,6 +65,7 @@ impl Wire {
             outbox: BytesMut::new(),
             limit: LIMIT_STARTUP,
             parameters: HashMap::new(),
+            warnings: Vec::new(),
             busy: false,
         }
     }
@@ -68,6 +73,11 @@ impl Wire {
     /// The server has let us in: longer messages are allowed.
     pub(super) fn admitted(&mut self) {
         self.limit = LIMIT_READY;
+    }
+
+    /// What the server has warned of since the last call; more than a bounded number is not kept.
+    pub(super) fn take_warnings(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.warnings)
     }
 
     pub(super) fn parameter(&self, name: &str) -> Option<&str> {
@@ -155,12 +165,15 @@ impl Wire {
     /// Handles what may come at any time; `true` if the message was such a one.
     pub(super) fn absorb(&mut self, header: Header) -> bool {
         match header.tag {
-            // NoticeResponse, NotificationResponse
-            b'N' | b'A' => {
-                if self.buffered() < HEADER + header.body {
-                    return false;
+            // NotificationResponse
+            b'A' => self.take_whole(header).is_some(),
+            // NoticeResponse
+            b'N' => {
+                let Some(body) = self.take_whole(header) else { return false };
+                let notice = parse_error(body);
+                if notice.severity == "WARNING" && self.warnings.len() < WARNINGS_MAX {
+                    self.warnings.push(notice.message.chars().take(WARNING_CHARS_MAX).collect());
                 }
-                self.start += HEADER + header.body;
                 true
             }
             b'S' => {

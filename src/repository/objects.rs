@@ -159,6 +159,9 @@ pub struct BackupJson {
     pub tablespaces: Vec<BackupTablespace>,
     pub volumes: Vec<StoredPart>,
     pub manifest: Option<StoredPart>,
+    /// What the server said of pages whose checksum it found wrong, each with file and block; usually nothing.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub checksum_failures: Vec<String>,
 }
 
 /// Settings below which PostgreSQL refuses to recover; as `global/pg_control` of the backup has them.
@@ -189,6 +192,13 @@ pub struct StoredPart {
 }
 
 impl BackupJson {
+    /// One line about pages whose checksum the server found wrong; `None` if it found none.
+    pub fn pages_damaged(&self) -> Option<String> {
+        let (first, more) = self.checksum_failures.split_first()?;
+        let more = if more.is_empty() { String::new() } else { format!(" (and {} more)", more.len()) };
+        Some(format!("the server found pages with wrong checksums while it made {}: {first}{more}", self.id))
+    }
+
     pub fn to_json(&self) -> Vec<u8> {
         to_json(self)
     }
@@ -342,6 +352,7 @@ pub(crate) mod tests {
             tablespaces: vec![BackupTablespace { oid: 16_390, location: "/srv/fast disk".into() }],
             volumes: vec![part("volumes/000001.tar.lz4")],
             manifest: Some(part("backup_manifest.lz4")),
+            checksum_failures: Vec::new(),
         }
     }
 

@@ -24,12 +24,13 @@ pub enum CauseCode {
     Rpo,
     SlotRetention,
     BackupFailed,
+    PagesDamaged,
     ClockSkew,
     AgentUnreachable,
 }
 
 impl CauseCode {
-    pub const ALL: [CauseCode; 21] = [
+    pub const ALL: [CauseCode; 22] = [
         Self::NotConnected,
         Self::NoSql,
         Self::SlotMissing,
@@ -49,6 +50,7 @@ impl CauseCode {
         Self::Rpo,
         Self::SlotRetention,
         Self::BackupFailed,
+        Self::PagesDamaged,
         Self::ClockSkew,
         Self::AgentUnreachable,
     ];
@@ -74,6 +76,7 @@ impl CauseCode {
             Self::Rpo => "rpo",
             Self::SlotRetention => "slot_retention",
             Self::BackupFailed => "backup_failed",
+            Self::PagesDamaged => "pages_damaged",
             Self::ClockSkew => "clock_skew",
             Self::AgentUnreachable => "agent_unreachable",
         }

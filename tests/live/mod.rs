@@ -4,6 +4,7 @@ mod by_hand;
 mod check;
 mod first_use;
 mod house;
+mod pages;
 mod refusals;
 pub mod restore;
 pub mod streaming;
