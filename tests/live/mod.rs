@@ -6,6 +6,7 @@ mod first_use;
 mod house;
 mod refusals;
 pub mod restore;
+mod shipping;
 pub mod streaming;
 mod usage;
 mod stores;
