@@ -29,3 +29,6 @@ pub mod monitor;
 pub mod config;
 pub mod daemon;
 pub mod cli;
+// for tests: every door through which bytes come in
+#[doc(hidden)]
+pub mod fuzzing;

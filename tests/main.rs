@@ -4,4 +4,8 @@ mod support;
 
 mod contract;
 mod fault;
+mod fuzz;
 mod live;
+
+#[global_allocator]
+static MEMORY: fuzz::memory::Counting = fuzz::memory::Counting;

@@ -14,6 +14,8 @@
 //! What the volumes look like is in docs/format.md. Not here: when to take a backup, and who archives the WAL.
 
 mod error;
+#[doc(hidden)]
+pub mod fuzzing;
 mod header;
 mod manifest;
 mod parts;

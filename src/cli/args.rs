@@ -122,6 +122,16 @@ end of the WAL.
 Example:
   restore_command = '/usr/bin/walden --config /etc/walden/walden.toml wal-fetch %f %p'")]
     WalFetch(WalFetchArgs),
+    /// Print a script that lets your shell complete commands and flags
+    #[command(after_help = "\
+Examples:
+  walden completions bash > /usr/share/bash-completion/completions/walden
+  walden completions zsh > /usr/local/share/zsh/site-functions/_walden
+  walden completions fish > /usr/share/fish/vendor_completions.d/walden.fish")]
+    Completions(CompletionsArgs),
+    /// Print the manual page
+    #[command(after_help = "Examples:\n  walden man | man -l -\n  walden man > /usr/local/share/man/man1/walden.1")]
+    Man(ManArgs),
 }
 
 #[derive(Debug, Args)]
@@ -164,6 +174,23 @@ pub struct WalFetchArgs {
     /// Where to write it (%p)
     pub path: PathBuf,
 }
+
+#[derive(Debug, Args)]
+pub struct CompletionsArgs {
+    /// Your shell
+    #[arg(value_enum)]
+    pub shell: ShellName,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ShellName {
+    Bash,
+    Fish,
+    Zsh,
+}
+
+#[derive(Debug, Args)]
+pub struct ManArgs {}
 
 #[derive(Debug, Args)]
 pub struct SystemArgs {

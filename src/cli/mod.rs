@@ -15,6 +15,7 @@ mod backup;
 mod check;
 mod http;
 mod list;
+mod man;
 mod reading;
 mod recovery_conf;
 mod restore;
@@ -51,6 +52,12 @@ fn dispatch(cli: &Cli, output: &Output) -> Result<u8, CliError> {
     if let Command::WalFetch(_) = cli.command {
         return Ok(wal_fetch::NOT_DELIVERED); // unreachable as long as `wal_fetch::is_meant` sees what clap sees
     }
+    // What is about the program alone works however wrong the settings are.
+    match &cli.command {
+        Command::Completions(args) => return man::completions(output, args.shell),
+        Command::Man(_) => return man::run(output),
+        _ => {}
+    }
     cli.command.check()?;
     let settings = load(cli)?;
     start_logging(&log_settings(cli, output, &settings));
@@ -65,7 +72,7 @@ fn dispatch(cli: &Cli, output: &Output) -> Result<u8, CliError> {
         Command::List(args) => list::run(&settings, output, args),
         Command::Restore(args) => restore::run(&settings, output, args),
         Command::RecoveryConf(args) => recovery_conf::run(&settings, output, args),
-        Command::WalFetch(_) => Ok(wal_fetch::NOT_DELIVERED), // returned above
+        Command::WalFetch(_) | Command::Completions(_) | Command::Man(_) => Ok(exit::FAILED), // returned above
     }
 }
 

@@ -103,8 +103,10 @@ fn add_environment(gathered: &mut Gathered, sources: &Sources) -> Result<(), Con
         let Some(name) = name.to_str().filter(|name| name.starts_with(PREFIX) && name.contains("__")) else { continue };
         let origin = Origin::Environment(name.to_owned());
         let setting = name[PREFIX.len()..].to_ascii_lowercase();
-        let (section, rest) = setting.split_once("__").expect("the name has two underscores behind the prefix's one");
+        // The prefix's own underscore may be one of the two: WALDEN__CLUSTER.
+        let (section, rest) = setting.split_once("__").unwrap_or(("", setting.trim_start_matches('_')));
         let dotted = format!("{section}.{}", rest.replace("__", "."));
+        let dotted = dotted.trim_start_matches('.').to_owned();
         let Some(value) = value.to_str() else {
             return Err(ConfigError::Value { key: clip(&dotted), origin, why: "is not UTF-8".into() });
         };

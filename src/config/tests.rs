@@ -108,6 +108,14 @@ fn an_unknown_key_names_its_line_and_the_nearest_setting() {
     assert!(message.contains("line 3") && message.contains("did you mean \"repository.path\""), "{message}");
     let message = refusal(load(None, &[("WALDEN_ARCHIVE__CLUSTR", "x")], QuickSettings::default()));
     assert!(message.starts_with("environment variable WALDEN_ARCHIVE__CLUSTR: there is no setting \"archive.clustr\" (did you mean \"archive.cluster\"?)"), "{message}");
+    // The two underscores are the prefix's own and one more: every command panicked.
+    for (name, shown) in [("WALDEN__CLUSTER", "cluster"), ("WALDEN__", ""), ("WALDEN___", "")] {
+        let message = refusal(load(None, &[(name, "x")], QuickSettings::default()));
+        assert!(
+            message.starts_with(&format!("environment variable {name}: there is no setting \"{shown}\"")),
+            "{message}"
+        );
+    }
 }
 
 #[test]

@@ -3,10 +3,13 @@
 //! Every task is named here and joined here. Shutdown comes in from outside as a token.
 
 pub mod backups;
+mod notify;
 mod observe;
 mod stores;
 
 pub use stores::{open_targets, postgres_settings};
+
+use notify::ServiceManager;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -132,9 +135,14 @@ pub async fn run(
             }
         }
     }
-    tasks.spawn(evaluate(board.clone(), shutdown.clone()));
+    let manager = Arc::new(ServiceManager::from_environment());
+    tasks.spawn({
+        let (manager, board, shutdown) = (manager.clone(), board.clone(), shutdown.clone());
+        async move { manager.accompany(&board, shutdown).await }
+    });
+    tasks.spawn(evaluate(board.clone(), manager.clone(), shutdown.clone()));
     let (backup, backup_seen) = tokio::sync::watch::channel(settings.backup.clone());
-    tasks.spawn(reload(settings.clone(), board.clone(), backup, reloads, shutdown.clone()));
+    tasks.spawn(reload(settings.clone(), board.clone(), manager, backup, reloads, shutdown.clone()));
     let result = archive(&settings, connect, targets, &board, &shutdown, &mut tasks, backup_seen).await;
     shutdown.cancel();
     while let Some(ended) = tasks.join_next().await {
@@ -193,6 +201,7 @@ async fn archive(
 async fn reload(
     settings: Settings,
     board: Board,
+    manager: Arc<ServiceManager>,
     backup: tokio::sync::watch::Sender<BackupSettings>,
     mut reloads: tokio::sync::mpsc::Receiver<()>,
     shutdown: CancellationToken,
@@ -202,6 +211,7 @@ async fn reload(
             asked = reloads.recv() => if asked.is_none() { return },
             () = shutdown.cancelled() => return,
         }
+        manager.reloading();
         match settings.reload() {
             Ok(new) => {
                 board.set_alert(new.alert);
@@ -212,6 +222,7 @@ async fn reload(
             }
             Err(error) => tracing::error!(hint = error.hint(), "the configuration stays as it was: {error}"),
         }
+        manager.ready();
     }
 }
 
@@ -223,12 +234,12 @@ async fn tell_later(message: String, shutdown: CancellationToken) {
     }
 }
 
-/// Alerts are judged once a second, also when nobody asks.
-async fn evaluate(board: Board, shutdown: CancellationToken) {
+/// Alerts are judged once a second, also when nobody asks, and a service manager hears that the agent lives.
+async fn evaluate(board: Board, manager: Arc<ServiceManager>, shutdown: CancellationToken) {
     let mut tick = tokio::time::interval(EVALUATE_INTERVAL);
     loop {
         tokio::select! {
-            _ = tick.tick() => board.evaluate(),
+            _ = tick.tick() => manager.alive(&board.snapshot()),
             () = shutdown.cancelled() => return,
         }
     }

@@ -12,6 +12,8 @@ mod conninfo;
 mod control_file;
 mod error;
 mod files;
+#[doc(hidden)]
+pub mod fuzzing;
 mod hosts;
 mod options;
 mod replication;

@@ -139,7 +139,7 @@ impl ReplicationConnection {
         Self::over(super::wire::testing::scripted(script, step), version)
     }
 
-    #[cfg(test)]
+    /// Over a connection that is let in already, for tests and fuzz targets.
     pub(super) fn over(wire: Wire, version: u32) -> Self {
         Self { wire, version, target: "script".into(), host_index: 0 }
     }

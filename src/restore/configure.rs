@@ -17,7 +17,8 @@ pub const RESTORE_TOML: &str = "walden-restore.toml";
 const CONF_BYTES_MAX: u64 = 16 << 20;
 
 /// Settings of an earlier life. `recovery_` covers the targets, `recovery_end_command` and `recovery_min_apply_delay`.
-const REMOVED: [&str; 4] = ["restore_command", "primary_conninfo", "primary_slot_name", "archive_cleanup_command"];
+pub(super) const REMOVED: [&str; 4] =
+    ["restore_command", "primary_conninfo", "primary_slot_name", "archive_cleanup_command"];
 const REMOVED_PREFIX: &str = "recovery_";
 
 /// PostgreSQL's defaults for the settings that must not be lower than the primary's.
@@ -201,7 +202,7 @@ fn includes_others(file: &[u8]) -> bool {
 }
 
 /// `postgresql.auto.conf` without the lines of an earlier recovery, and with `block` at its end.
-fn rewritten(auto_conf: &[u8], block: &[u8]) -> Vec<u8> {
+pub(super) fn rewritten(auto_conf: &[u8], block: &[u8]) -> Vec<u8> {
     let mut out = Vec::with_capacity(auto_conf.len() + block.len() + 200);
     for line in auto_conf.split_inclusive(|b| *b == b'\n') {
         let removed = split_line(line)

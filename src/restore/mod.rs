@@ -12,6 +12,8 @@ mod configure;
 mod directory;
 mod error;
 mod fetch;
+#[doc(hidden)]
+pub mod fuzzing;
 mod manifest;
 mod plan;
 mod plan_file;

@@ -68,6 +68,10 @@ impl StreamDecoder {
         stored: &[u8],
         mut sink: impl FnMut(&[u8]) -> Result<(), E>,
     ) -> Result<(), E> {
+        // Asked to go on without input, Zstandard answers how much it wants of a next frame: as if one had begun.
+        if stored.is_empty() {
+            return Ok(());
+        }
         let (total, limit) = (&mut self.raw_size, self.raw_size_max);
         let mut counted = |raw: &[u8]| {
             *total = total.saturating_add(raw.len() as u64);

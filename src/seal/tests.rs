@@ -145,6 +145,20 @@ fn a_stretch_between_two_cuts_decodes_alone() {
     }
 }
 
+/// A store's last chunk may be empty. Zstandard took it for the beginning of a further frame, and a good object for a cut one.
+#[test]
+fn an_empty_piece_changes_nothing() {
+    for compression in [Compression::Lz4, Compression::Zstd] {
+        let (object, _) = seal(&wal_like(1 << 20, 29), &[], compression, Summary::default());
+        let mut decoder = StreamDecoder::new(compression, 1 << 20).unwrap();
+        for piece in [&[][..], &object[HEADER_LEN..], &[]] {
+            decoder.push(piece, |_| Ok::<(), SealError>(())).unwrap();
+        }
+        decoder.finish().unwrap();
+        assert_eq!(decoder.raw_size(), 1 << 20);
+    }
+}
+
 #[test]
 fn lists_that_do_not_fit_into_the_header_go_behind_the_body() {
     let raw = wal_like(1 << 20, 17);

@@ -512,8 +512,13 @@ fn files_below(folder: &Path, depth: u32) -> Result<Vec<PathBuf>, SpoolError> {
     Ok(files)
 }
 
-/// Parses a path below the spool's folder; `None` if it is not a name of ours.
+/// Parses a path below the spool's folder; `None` if it is not a name of ours to the letter: what is parsed more freely, such
+/// as hexadecimal digits in lower case, would name another file.
 pub fn parse_relative(relative: &str, size: SegmentSize) -> Option<SpooledName> {
+    parse_loosely(relative, size).filter(|name| name.relative == relative)
+}
+
+fn parse_loosely(relative: &str, size: SegmentSize) -> Option<SpooledName> {
     let parts: Vec<&str> = relative.split('/').collect();
     match parts[..] {
         ["wal", file] => {

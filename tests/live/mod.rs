@@ -7,6 +7,7 @@ mod house;
 mod pages;
 mod refusals;
 pub mod restore;
+mod shipping;
 pub mod streaming;
 mod usage;
 mod stores;
