@@ -25,11 +25,12 @@ pub enum CauseCode {
     SlotRetention,
     BackupFailed,
     ClockSkew,
+    MetricsFailing,
     AgentUnreachable,
 }
 
 impl CauseCode {
-    pub const ALL: [CauseCode; 21] = [
+    pub const ALL: [CauseCode; 22] = [
         Self::NotConnected,
         Self::NoSql,
         Self::SlotMissing,
@@ -50,6 +51,7 @@ impl CauseCode {
         Self::SlotRetention,
         Self::BackupFailed,
         Self::ClockSkew,
+        Self::MetricsFailing,
         Self::AgentUnreachable,
     ];
 
@@ -75,6 +77,7 @@ impl CauseCode {
             Self::SlotRetention => "slot_retention",
             Self::BackupFailed => "backup_failed",
             Self::ClockSkew => "clock_skew",
+            Self::MetricsFailing => "metrics_failing",
             Self::AgentUnreachable => "agent_unreachable",
         }
     }
