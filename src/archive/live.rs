@@ -276,7 +276,7 @@ impl Live {
             SlotState::Missing | SlotState::Unknown if self.settings.create_slot => {
                 match connection.create_physical_slot(name).await? {
                     CreateOutcome::Created => {
-                        tracing::info!(slot = name, "created the replication slot");
+                        tracing::info!(event = "slot_created", slot = name, "created the replication slot");
                         match connection.read_slot(name).await? {
                             SlotState::Exists { restart_lsn, .. } => Ok(restart_lsn),
                             _ => Ok(None),
@@ -413,7 +413,7 @@ impl Live {
         self.board.set_connected();
         self.board.clear(CauseCode::SlotMissing);
         self.board.clear(CauseCode::SpoolFailing);
-        tracing::info!(timeline = %start.timeline, %position, held_to = %start.held_end, "streaming");
+        tracing::info!(event = "connected", timeline = start.timeline.get(), %position, held_to = %start.held_end, "streaming");
         let receiver = Receiver {
             stream,
             assembler,

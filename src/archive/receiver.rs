@@ -13,7 +13,7 @@ use super::sealer::{DiskSide, DiskState};
 use super::turn::Turn;
 use super::{ArchiveError, Halt, LiveSettings};
 use crate::postgres::{WalMessage, WalStream};
-use crate::telemetry::{Board, Stage};
+use crate::telemetry::Board;
 use crate::wal::{Lsn, PAGE_SIZE, SegmentName, SegmentSize};
 
 /// Requests for an answer in a row, with nothing more to send, that tell a server which shuts down. One that runs does not ask, since
@@ -165,7 +165,7 @@ impl Receiver<'_> {
                     }
                     self.server_end = self.server_end.max(server_end);
                     self.asked_at_end = 0;
-                    self.board.count_wal(Stage::Received, bytes.len() as u64); // usize fits
+                    self.board.count_received(bytes.len() as u64); // usize fits
                     if self.held.is_some() {
                         compare = Some(bytes.to_vec());
                     } else {

@@ -21,7 +21,7 @@ use crate::failure::NextStep;
 use crate::queue::QueueEntry;
 use crate::seal::SealedFrames;
 use crate::spool::{OpenSegment, Spool, SpoolError, SpooledName};
-use crate::telemetry::{Board, CauseCode, Stage};
+use crate::telemetry::{Board, CauseCode};
 use crate::wal::{Lsn, SegmentName};
 
 /// Commands that may wait for the disk; with buffers of about 256 KiB this bounds memory.
@@ -216,7 +216,6 @@ impl Shared {
                 }
                 let start = segment.start();
                 let end = Lsn::new(start.get() + mark.raw_len);
-                self.board.count_wal(Stage::Durable, stretch.raw.length);
                 self.tail.push(*segment, *stretch);
                 self.publish(|positions| positions.marked = Some((start, end)));
             }

@@ -13,7 +13,6 @@ use crate::repository::{Gap, RepositoryError, RepositoryWriter, SealedObject, St
 use crate::seal::Compression;
 use crate::spool::parse_relative;
 use crate::storage::{Backoff, Body, StorageError};
-use crate::telemetry::Stage;
 use crate::wal::{SegmentName, TimelineId};
 
 /// What came of one object.
@@ -43,8 +42,8 @@ impl Uploader {
         let compression = self.wal.borrow().as_ref().map_or(Compression::Lz4, |wal| wal.compression);
         let object = SealedObject { body: piece.body.clone(), size: piece.size, crc32: piece.crc32, compression };
         let mut backoff = Backoff::new(self.retry_delay_max);
-        let began = Instant::now();
         loop {
+            let began = Instant::now();
             // The open file is renamed when its segment is whole; then the segment itself is shipped.
             if self.tail.segment() != Some(piece.segment) {
                 return Shipped::PieceGone;
@@ -52,7 +51,6 @@ impl Uploader {
             match writer.put_piece(piece.segment, start, end, &object).await {
                 Ok(_) => {
                     self.shown.observe_upload(began.elapsed());
-                    self.board.count_wal(Stage::Archived, piece.raw_size);
                     return Shipped::Piece { segment: piece.segment, end: piece.end };
                 }
                 // The file got its final name while it was read: the whole segment is shipped instead.

@@ -35,7 +35,7 @@ impl Live {
             Some(history) => history.timeline_at(from),
             None => info.timeline,
         };
-        tracing::info!(%from, %timeline, "archiving begins here");
+        tracing::info!(event = "archiving_begins", %from, timeline = timeline.get(), "archiving begins here");
         Ok(Start {
             timeline,
             position: from,
@@ -80,7 +80,7 @@ impl Live {
             return Ok(self.start_after(held));
         }
         let next = history.timeline_at(switch);
-        tracing::info!(from = %held.timeline, to = %next, at = %switch, "the timeline changes");
+        tracing::info!(event = "timeline_changed", from = held.timeline.get(), to = next.get(), at = %switch, "the timeline changes");
         if !held.closed {
             self.seal_partial(settings, &held, switch).await?;
         }

@@ -32,7 +32,6 @@ pub struct Piece {
     pub body: Body,
     pub size: u64,
     pub crc32: u32,
-    pub raw_size: u64,
 }
 
 #[derive(Debug)]
@@ -123,7 +122,7 @@ impl Tail {
         let suffix: Bytes = [foot, &frames.tail[..]].concat().into();
         let body = Body::FileRange { path, offset: whole.file_offset, length: whole.body_len, prefix, suffix };
         let (size, crc32) = (frames.stored_size, frames.object_crc32);
-        Some(Piece { segment, start: from, end: whole.end, body, size, crc32, raw_size: whole.raw.length })
+        Some(Piece { segment, start: from, end: whole.end, body, size, crc32 })
     }
 }
 

@@ -26,7 +26,7 @@ use crate::repository::{
 use crate::seal::Compression;
 use crate::spool::Spool;
 use crate::storage::{Backoff, ObjectStore};
-use crate::telemetry::{Board, CauseCode, RepositoryBoard, Stage};
+use crate::telemetry::{Board, CauseCode, RepositoryBoard};
 use crate::wal::{Lsn, PgTime, SegmentName, SegmentSize, SystemIdentifier, TimelineId};
 
 const LEASE_TTL: Duration = Duration::from_secs(30);
@@ -116,7 +116,7 @@ impl Uploader {
     pub async fn run(mut self) {
         loop {
             let Some(lease) = self.take_lease().await else { return };
-            tracing::info!(repository = self.shown.name(), "this agent holds the lease");
+            tracing::info!(event = "lease_taken", repository = self.shown.name(), "this agent holds the lease");
             let shutdown = self.shutdown.clone();
             // A store that hangs must not hold up the end.
             let ended = tokio::select! {
@@ -130,7 +130,7 @@ impl Uploader {
                     self.board.raise(CauseCode::LeaseLost, message);
                 }
                 Ended::LeaseLost { by: None } => {
-                    tracing::info!(repository = name, "the lease ran out; taking it again")
+                    tracing::info!(event = "lease_expired", repository = name, "the lease ran out; taking it again")
                 }
                 Ended::Shutdown | Ended::Halted => {
                     match tokio::time::timeout(RELEASE_LIMIT, lease.release()).await {
@@ -302,6 +302,7 @@ impl Uploader {
 
     /// A conflict, or damage that cannot be cured here: archiving stops, what is spooled stays.
     fn stop_for(&self, error: &ArchiveError, what: &str) {
+        self.shown.upload_failed();
         let message = format!("repository {}: {what}: {}; {}", self.shown.name(), error.describe(), error.hint());
         if matches!(error, ArchiveError::Repository(error) if error.is_conflict()) {
             self.board.raise(CauseCode::Conflict, message.clone());
@@ -443,9 +444,16 @@ impl Uploader {
     async fn settle(&self, entry: &QueueEntry, took: Duration) {
         self.failing.set(&self.board, &self.shown, None);
         self.shown.observe_upload(took);
-        if segment_of(entry, self.segment_size).is_some() {
+        tracing::debug!(
+            event = "uploaded",
+            repository = self.shown.name(),
+            object = entry.relative,
+            bytes = entry.stored_size,
+            seconds = took.as_secs_f64(),
+            "stored"
+        );
+        if entry.relative.starts_with("wal/") && segment_of(entry, self.segment_size).is_some() {
             self.shown.segment_archived();
-            self.board.count_wal(Stage::Archived, self.segment_size.get());
         }
         let (backlog, spool, entry, name) =
             (self.backlog.clone(), self.spool.clone(), entry.clone(), self.shown.name().to_owned());

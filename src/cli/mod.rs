@@ -28,7 +28,7 @@ use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
 
 use crate::config::{Settings, Sources};
-use crate::telemetry::{LogSettings, start_logging};
+use crate::telemetry::{LogFormat, LogSettings, start_logging};
 use args::{Cli, Command};
 pub use error::CliError;
 pub use output::Output;
@@ -66,7 +66,7 @@ fn dispatch(cli: &Cli, output: &Output) -> Result<u8, CliError> {
     }
     match &cli.command {
         Command::Status(_) => status::run(&settings, output),
-        Command::Run(_) => run::run(&settings),
+        Command::Run(_) => run::run(&settings).or_else(|error| ended(error, output, &settings)),
         Command::Check(_) => check::run(&settings, output),
         Command::Backup(args) => backup::run(&settings, output, args),
         Command::List(args) => list::run(&settings, output, args),
@@ -74,6 +74,18 @@ fn dispatch(cli: &Cli, output: &Output) -> Result<u8, CliError> {
         Command::RecoveryConf(args) => recovery_conf::run(&settings, output, args),
         Command::WalFetch(_) | Command::Completions(_) | Command::Man(_) => Ok(exit::FAILED), // returned above
     }
+}
+
+/// Why the agent ended: among JSON lines it is one too.
+fn ended(error: CliError, output: &Output, settings: &Settings) -> Result<u8, CliError> {
+    if settings.log.format != LogFormat::Json {
+        return Err(error);
+    }
+    tracing::error!(event = "ended", code = error.code, "{}; {}", error.message, error.hint);
+    if output.is_json() {
+        output.line(&error.to_json().to_string())?;
+    }
+    Ok(error.code)
 }
 
 /// A command that reads and was given the name of a repository gets settings with this one alone.

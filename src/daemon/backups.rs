@@ -10,13 +10,17 @@ use tokio_util::sync::CancellationToken;
 use crate::base_backup::{self, BackupError, BackupRequest, Progress, WalWaiter};
 use crate::config::{BackupSettings, Checkpoint, Settings};
 use crate::postgres::ConnectSettings;
-use crate::repository::{Archive, BackupJson, RepositoryError};
+use crate::repository::{Archive, BackupId, BackupJson, RepositoryError};
 use crate::storage::{Backoff, BoxError};
 use crate::telemetry::{BackupFacts, Board, CauseCode};
 use crate::wal::{Lsn, PgTime, SegmentSize, TimelineId};
 
 /// How often the repository is looked at while the WAL of a backup is awaited.
 const WAL_POLL: Duration = Duration::from_millis(500);
+/// How often it is looked whether somebody else took a backup, or removed one: one listing of their names.
+const NAMES_POLL: Duration = Duration::from_secs(20);
+/// The same, after a store did not answer.
+const LOOK_RETRY: Duration = Duration::from_secs(5);
 /// How often it is looked whether a backup is due.
 const DUE_POLL: Duration = Duration::from_secs(1);
 
@@ -67,6 +71,14 @@ pub fn request(
     }
 }
 
+/// What the repository's backups and their windows were judged by.
+struct Seen {
+    /// The timeline and the number of gaps.
+    course: (Option<TimelineId>, usize),
+    /// `None`: not known.
+    backups: Option<(Vec<BackupId>, Option<BackupId>)>,
+}
+
 /// Takes the backups of a running agent, one at a time.
 pub struct Backups {
     pub settings: Settings,
@@ -84,10 +96,15 @@ impl Backups {
         let mut backoff = Backoff::new(self.settings.upload.retry_delay_max);
         let mut last_look = jiff::Timestamp::now();
         let mut not_before = tokio::time::Instant::now();
+        let mut seen = Seen { course: self.board.course(), backups: None };
+        let mut look_after = tokio::time::Instant::now() + NAMES_POLL;
         loop {
             tokio::select! {
                 () = tokio::time::sleep(DUE_POLL) => {}
                 () = self.shutdown.cancelled() => return,
+            }
+            if self.board.course() != seen.course || tokio::time::Instant::now() >= look_after {
+                look_after = tokio::time::Instant::now() + self.look_again(&mut seen).await;
             }
             let now = jiff::Timestamp::now();
             let settings = self.backup.borrow_and_update().clone();
@@ -125,9 +142,10 @@ impl Backups {
         let request = request(&self.settings, backup, self.connect.clone(), self.archives.clone(), None, &self.board);
         let gap_before = self.board.is_raised(CauseCode::Gap);
         let unproven_before = self.board.is_raised(CauseCode::ContinuityUnproven);
-        tracing::info!("base backup begins");
+        tracing::info!(event = "backup_begun", "base backup begins");
         let json = base_backup::take(request, &wal, Arc::new(|_: Progress| {}), self.shutdown.child_token()).await?;
-        tracing::info!(id = %json.id, bytes = json.size_bytes, seconds = json.duration_seconds, "base backup is complete");
+        let seconds = (json.duration_seconds * 10.0).round() / 10.0;
+        tracing::info!(event = "backup_ended", id = %json.id, bytes = json.size_bytes, seconds, "base backup is complete");
         self.board.backup_succeeded(facts(&json));
         // Every moment from here on can be restored again; the gap itself stays in the lists.
         if gap_before {
@@ -154,6 +172,32 @@ impl Backups {
                 () = self.shutdown.cancelled() => return None,
             }
         }
+    }
+
+    /// Backups that others take or remove are shown too, and so is a window that a gap or another timeline ended. Returns how long
+    /// not to look again.
+    async fn look_again(&self, seen: &mut Seen) -> Duration {
+        let course = self.board.course();
+        let is_known = seen.course == course && seen.backups.is_some();
+        *seen = match self.names().await {
+            Ok(names) if is_known && seen.backups.as_ref() == Some(&names) => return NAMES_POLL,
+            Ok(names) => Seen { course, backups: self.look_once().await.is_ok().then_some(names) },
+            Err(_) => Seen { course, backups: None },
+        };
+        if seen.backups.is_some() { NAMES_POLL } else { LOOK_RETRY }
+    }
+
+    /// The ids in the first repository, and the newest of those that exist: an id without its `backup.json` is none yet.
+    async fn names(&self) -> Result<(Vec<BackupId>, Option<BackupId>), RepositoryError> {
+        let Some(archive) = self.archives.first() else { return Ok((Vec::new(), None)) };
+        let ids = archive.backup_ids().await?;
+        for id in ids.iter().rev() {
+            if archive.backup(id).await?.is_some() {
+                let newest = id.clone();
+                return Ok((ids, Some(newest)));
+            }
+        }
+        Ok((ids, None))
     }
 
     async fn look_once(&self) -> Result<bool, RepositoryError> {

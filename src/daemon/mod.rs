@@ -19,16 +19,17 @@ use tokio_util::sync::CancellationToken;
 use crate::archive::{ArchiveError, Archiver, ArchiverSettings, LiveSettings, SpoolBounds};
 use crate::config::{BackupSettings, Durability, Settings};
 use crate::failure::NextStep;
-use crate::monitor::Monitor;
+use crate::monitor::{Monitor, MonitorError};
 use crate::postgres::ConnectSettings;
 use crate::storage::Backoff;
 use crate::telemetry::{Board, BoardRepository, BoardSetup, CauseCode, SystemClock};
+use crate::wal::Lsn;
 
 /// How often new bytes of the open segment become durable when the tail is off.
 const CUT_INTERVAL: Duration = Duration::from_secs(1);
 /// A killed predecessor may need a moment to be gone.
 const LOCK_PATIENCE: Duration = Duration::from_secs(3);
-/// A start that is refused is refused within this time.
+/// A start that is refused is refused within this time. HTTP that cannot be served is tried again as often.
 const START_TIME: Duration = Duration::from_secs(5);
 const EVALUATE_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -120,20 +121,19 @@ pub async fn run(
     let targets = open_targets(&settings).await?;
     let connect = postgres_settings(&settings)?;
     let board = board(&settings, &targets);
+    let names: Vec<&str> = targets.iter().map(|target| target.repository.name()).collect();
+    tracing::info!(
+        event = "starting",
+        version = env!("CARGO_PKG_VERSION"),
+        cluster = settings.archive.cluster,
+        slot = settings.postgres.slot,
+        repositories = names.join(","),
+        "walden starts"
+    );
     let mut tasks = tokio::task::JoinSet::new();
     if let Some(listen) = &settings.metrics.listen {
-        match Monitor::bind(listen, board.clone()).await {
-            Ok(monitor) => {
-                tracing::info!(address = %monitor.address(), "serving metrics and status");
-                tasks.spawn(monitor.serve(shutdown.clone()));
-            }
-            // Archiving matters more than being watched; the log and the missing scrape tell.
-            Err(error) => {
-                let why = std::error::Error::source(&error).map(|why| format!(": {why}")).unwrap_or_default();
-                let message = format!("{error}{why}, so the agent goes on without HTTP; {}", error.hint());
-                tasks.spawn(tell_later(message, shutdown.clone()));
-            }
-        }
+        let first = Monitor::bind(listen, board.clone()).await;
+        tasks.spawn(watchable(first, listen.clone(), board.clone(), shutdown.clone()));
     }
     let manager = Arc::new(ServiceManager::from_environment());
     tasks.spawn({
@@ -192,8 +192,11 @@ async fn archive(
     );
     tasks.spawn(observe::observe(connect, settings.clone(), board.clone(), shutdown.clone()));
     shutdown.cancelled().await;
-    tracing::info!("stopping: shipping what is there");
+    tracing::info!(event = "stopping", "stopping: shipping what is there");
     archiver.stopped().await;
+    let shown = |position: Option<Lsn>| position.map_or("unknown".into(), |position| position.to_string());
+    let (durable, archived) = (shown(board.durable()), shown(board.archived()));
+    tracing::info!(event = "stopped", durable, archived, "stopped");
     Ok(())
 }
 
@@ -217,20 +220,49 @@ async fn reload(
                 board.set_alert(new.alert);
                 backup.send_replace(new.backup.clone());
                 tracing::info!(
+                    event = "reloaded",
                     "configuration read again: [alert] and [backup] are in force; other changes need a restart"
                 );
             }
-            Err(error) => tracing::error!(hint = error.hint(), "the configuration stays as it was: {error}"),
+            Err(error) => tracing::error!(
+                event = "not_reloaded",
+                "the configuration stays as it was: {}; {}",
+                backups::describe(&error),
+                error.hint()
+            ),
         }
         manager.ready();
     }
 }
 
-/// An agent that was started twice is refused in a moment, and that alone is what it should say.
-async fn tell_later(message: String, shutdown: CancellationToken) {
-    tokio::select! {
-        () = tokio::time::sleep(START_TIME) => tracing::error!("{message}"),
-        () = shutdown.cancelled() => {}
+/// Serves HTTP. Archiving matters more than being watched: while the address cannot be had, the agent goes on without, says so under
+/// a cause, and tries again.
+async fn watchable(first: Result<Monitor, MonitorError>, listen: String, board: Board, shutdown: CancellationToken) {
+    let mut bound = first;
+    let mut may_tell = false;
+    loop {
+        match bound {
+            Ok(monitor) => {
+                board.clear(CauseCode::MetricsFailing);
+                tracing::info!(event = "serving", address = %monitor.address(), "serving metrics and status");
+                return monitor.serve(shutdown).await;
+            }
+            // An agent that was started twice is refused in a moment, and that alone is what it should say.
+            Err(error) if may_tell => {
+                let why = backups::describe(&error);
+                let message = format!(
+                    "{why}; archiving goes on, but nobody can see it: no metrics, no status, no health check; {}",
+                    error.hint()
+                );
+                board.raise(CauseCode::MetricsFailing, message);
+            }
+            Err(_) => may_tell = true,
+        }
+        tokio::select! {
+            () = tokio::time::sleep(START_TIME) => {}
+            () = shutdown.cancelled() => return,
+        }
+        bound = Monitor::bind(&listen, board.clone()).await;
     }
 }
 

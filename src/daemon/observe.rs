@@ -58,6 +58,8 @@ impl Observer {
         };
         if let Err(error) = looked {
             tracing::debug!(%error, "the server's position is not known");
+            // What the slot looked like a while ago is not known to hold still.
+            self.board.set_slot(None);
             self.sql = None;
             self.replication = None;
         }

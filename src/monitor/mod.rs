@@ -46,7 +46,7 @@ impl MonitorError {
     pub fn hint(&self) -> &'static str {
         match self {
             Self::Listen { .. } => {
-                "stop what uses the port, or set metrics.listen to another address; \"\" switches HTTP off"
+                "free the port, or set metrics.listen to another address and restart (\"\" = no HTTP)"
             }
         }
     }

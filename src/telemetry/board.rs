@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::alert::{self, AlertSettings, Verdict};
 use super::cause::{Cause, CauseCode};
 use super::clock::Clock;
-use super::counters::{Counter, Position, Stage};
+use super::counters::{Counter, Odometer, Position, Stage};
 use super::facts::{BackupFacts, GapFact, SlotFacts};
 use super::progress::{self, FlushSamples};
 use super::repository::{RepositoryBoard, RepositoryState};
@@ -42,7 +42,9 @@ struct Shared {
     clock: Arc<dyn Clock>,
     received: Position,
     durable: Position,
-    wal_bytes: [Counter; Stage::ALL.len()],
+    received_bytes: Counter,
+    durable_bytes: Odometer,
+    archived_bytes: Odometer,
     repositories: Vec<RepositoryState>,
     facts: Mutex<Facts>,
 }
@@ -121,7 +123,9 @@ impl Board {
             clock: setup.clock,
             received: Position::default(),
             durable: Position::default(),
-            wal_bytes: Default::default(),
+            received_bytes: Counter::default(),
+            durable_bytes: Odometer::default(),
+            archived_bytes: Odometer::default(),
             repositories,
             facts: Mutex::new(facts),
         };
@@ -150,7 +154,7 @@ impl Board {
         let mut facts = self.facts();
         facts.connected = true;
         facts.connected_since.get_or_insert(self.shared.clock.monotonic());
-        facts.clear(CauseCode::NotConnected);
+        facts.clear(CauseCode::NotConnected, self.shared.clock.wall());
     }
 
     /// Raises `not_connected`. The positions stay: what is held is held.
@@ -169,6 +173,7 @@ impl Board {
 
     pub fn set_durable(&self, position: Lsn) {
         self.shared.durable.set(position);
+        self.shared.durable_bytes.moved(position, position);
     }
 
     pub fn received(&self) -> Option<Lsn> {
@@ -199,8 +204,26 @@ impl Board {
         self.facts().repository_errors[index] = error;
     }
 
-    pub fn count_wal(&self, stage: Stage, bytes: u64) {
-        self.shared.wal_bytes[stage as usize].add(bytes); // the variants' order is that of `Stage::ALL`
+    /// WAL bytes taken from the server. Those of the later stages are counted by their positions.
+    pub fn count_received(&self, bytes: u64) {
+        self.shared.received_bytes.add(bytes);
+    }
+
+    /// A repository's position moved: counts what every required one has now.
+    pub(super) fn count_archived(&self) {
+        if let Some(archived) = self.archived() {
+            // Shipped before it was first looked at: what lies behind the start of this agent's own WAL is its work all the same.
+            let begin = self.shared.durable_bytes.begun().map_or(archived, |begun| begun.min(archived));
+            self.shared.archived_bytes.moved(begin, archived);
+        }
+    }
+
+    fn wal_bytes(&self, stage: Stage) -> u64 {
+        match stage {
+            Stage::Received => self.shared.received_bytes.get(),
+            Stage::Durable => self.shared.durable_bytes.bytes(),
+            Stage::Archived => self.shared.archived_bytes.bytes(),
+        }
     }
 
     /// The server's flush position. `server_time` must have been noted *before* the position was asked for; asked every few
@@ -266,6 +289,12 @@ impl Board {
         }
     }
 
+    /// What a window depends on besides its backup: another timeline or another gap begins or ends one.
+    pub fn course(&self) -> (Option<TimelineId>, usize) {
+        let facts = self.facts();
+        (facts.timeline, facts.gaps.len())
+    }
+
     /// The first position where the server's WAL differs from what is held. The caller raises the cause.
     pub fn set_diverged(&self, first_difference: Option<Lsn>) {
         self.facts().diverged = first_difference;
@@ -280,7 +309,7 @@ impl Board {
         let mut facts = self.facts();
         facts.backup_running = false;
         facts.last_backup = Some(backup);
-        facts.clear(CauseCode::BackupFailed);
+        facts.clear(CauseCode::BackupFailed, self.shared.clock.wall());
     }
 
     /// Raises `backup_failed` and counts it.
@@ -313,7 +342,7 @@ impl Board {
     }
 
     pub fn clear(&self, code: CauseCode) {
-        self.facts().clear(code);
+        self.facts().clear(code, self.shared.clock.wall());
     }
 
     pub fn is_raised(&self, code: CauseCode) -> bool {
@@ -345,7 +374,7 @@ impl Board {
         for verdict in alert::evaluate(&snapshot, &facts.alert) {
             match verdict {
                 Verdict::Raise { code, message, settled } => facts.raise(code, message, wall, settled),
-                Verdict::Clear(code) => facts.clear(code),
+                Verdict::Clear(code) => facts.clear(code, wall),
             }
         }
         snapshot.causes = facts.causes.values().map(|standing| standing.cause.clone()).collect();
@@ -373,7 +402,7 @@ impl Board {
             slot: facts.slot.clone(),
             queue: facts.queue,
             spool_free_bytes: facts.spool_free_bytes,
-            wal_bytes: std::array::from_fn(|stage| self.shared.wal_bytes[stage].get()),
+            wal_bytes: Stage::ALL.map(|stage| self.wal_bytes(stage)),
             repositories: repositories.map(|(state, error)| state.snapshot(error.clone())).collect(),
             backup_running: facts.backup_running,
             last_backup: facts.last_backup.clone(),
@@ -402,15 +431,17 @@ impl Facts {
         let standing = self.causes.get_mut(&code).expect("it was just entered");
         standing.announced = true;
         if code.is_unhealthy() {
-            tracing::error!(cause = %code, "{}", standing.cause.message);
+            tracing::error!(event = "cause", cause = %code, "{}", standing.cause.message);
         } else {
-            tracing::warn!(cause = %code, "{}", standing.cause.message);
+            tracing::warn!(event = "cause", cause = %code, "{}", standing.cause.message);
         }
     }
 
-    fn clear(&mut self, code: CauseCode) {
+    /// Tells the end of what was told. The message is in the log already.
+    fn clear(&mut self, code: CauseCode, now: PgTime) {
         if let Some(Standing { cause, announced: true }) = self.causes.remove(&code) {
-            tracing::info!(cause = %code, since = %cause.since, "over: {}", cause.message);
+            let seconds = now.seconds_since(cause.since).max(0.0).round();
+            tracing::info!(event = "cause_over", cause = %code, since = %cause.since, "over after {seconds} s");
         }
     }
 }

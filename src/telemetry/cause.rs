@@ -26,6 +26,7 @@ pub enum CauseCode {
     BackupFailed,
     PagesDamaged,
     ClockSkew,
+    MetricsFailing,
     AgentUnreachable,
 }
 
@@ -52,6 +53,7 @@ impl CauseCode {
         Self::BackupFailed,
         Self::PagesDamaged,
         Self::ClockSkew,
+        Self::MetricsFailing,
         Self::AgentUnreachable,
     ];
 
@@ -78,6 +80,7 @@ impl CauseCode {
             Self::BackupFailed => "backup_failed",
             Self::PagesDamaged => "pages_damaged",
             Self::ClockSkew => "clock_skew",
+            Self::MetricsFailing => "metrics_failing",
             Self::AgentUnreachable => "agent_unreachable",
         }
     }

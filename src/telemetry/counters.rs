@@ -3,7 +3,8 @@ use std::time::Duration;
 
 use crate::wal::Lsn;
 
-/// Where WAL bytes are counted.
+/// Where WAL bytes are counted, raw. The first one by message, also what came a second time; the others as their position moves on,
+/// so that bytes count once however they travel: as a piece, as a segment, to several repositories.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stage {
     /// Taken from the server.
@@ -41,6 +42,33 @@ impl Position {
             0 => None,
             position => Some(Lsn::new(position)),
         }
+    }
+}
+
+/// Counts the bytes by which a position moves on. Where it stands first is where counting begins; going back to an earlier position,
+/// after a switch of timelines, counts nothing twice.
+#[derive(Debug, Default)]
+pub struct Odometer {
+    begun: Position,
+    furthest: AtomicU64,
+}
+
+impl Odometer {
+    /// The position is at `to` now. `begin` is where counting begins if this is the first call.
+    pub fn moved(&self, begin: Lsn, to: Lsn) {
+        // Only the first call finds 0.
+        let _ = self.begun.0.compare_exchange(0, begin.get(), Ordering::Relaxed, Ordering::Relaxed);
+        self.furthest.fetch_max(to.get(), Ordering::Relaxed);
+    }
+
+    /// Where counting began.
+    pub fn begun(&self) -> Option<Lsn> {
+        self.begun.get()
+    }
+
+    pub fn bytes(&self) -> u64 {
+        let begun = self.begun.get().map_or(0, Lsn::get);
+        self.furthest.load(Ordering::Relaxed).saturating_sub(begun)
     }
 }
 

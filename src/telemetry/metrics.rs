@@ -94,7 +94,7 @@ impl Snapshot {
         page.gauge("rpo_seconds", "Age of the oldest byte of rpo_bytes by the server's clock", distance.rpo_seconds)?;
         let stages = Stage::ALL.into_iter().zip(self.wal_bytes);
         let rows = stages.map(|(stage, bytes)| (vec![("stage", stage.as_str().into())], bytes));
-        page.counters("wal_bytes", "WAL bytes that passed this stage, raw", rows)
+        page.counters("wal_bytes", "WAL bytes that passed this stage since the start of the agent, raw; received counts what came twice as well", rows)
     }
 
     fn server(&self, page: &mut Page) -> fmt::Result {
@@ -167,7 +167,7 @@ impl Snapshot {
             "First moment that can be restored in the window that reaches the present, as Unix time",
             self.window_start.map(|start| start.unix_seconds()),
         )?;
-        let end = self.window_start.and(self.distance.complete_until);
+        let end = self.window_start.and(self.shown_complete_until());
         page.gauge(
             "recovery_window_end_timestamp_seconds",
             "Every commit acknowledged before this moment can be restored, as Unix time",

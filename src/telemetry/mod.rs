@@ -24,7 +24,6 @@ pub use alert::{AlertSettings, Verdict, evaluate};
 pub use board::{Board, BoardRepository, BoardSetup};
 pub use cause::{Cause, CauseCode};
 pub use clock::{Clock, SystemClock};
-pub use counters::Stage;
 pub use facts::{BackupFacts, GapFact, SlotFacts};
 pub use logging::{LogFormat, LogSettings, start_logging};
 pub use progress::Distance;

@@ -73,6 +73,7 @@ impl RepositoryBoard {
     /// Everything before it, without a hole, is in this repository; pieces of the open segment count.
     pub fn set_archived(&self, position: Lsn) {
         self.state().archived.set(position);
+        self.board.count_archived();
     }
 
     pub fn archived(&self) -> Option<Lsn> {

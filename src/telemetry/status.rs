@@ -102,7 +102,7 @@ impl StatusJson {
 
 impl Snapshot {
     /// Never later than what the repositories tell their readers.
-    fn shown_complete_until(&self) -> Option<PgTime> {
+    pub(super) fn shown_complete_until(&self) -> Option<PgTime> {
         let told = self.repositories.iter().filter_map(|repository| repository.covered).min();
         self.distance.complete_until.map(|until| told.map_or(until, |told| told.min(until)))
     }

@@ -359,7 +359,7 @@ fn every_metric_is_on_the_page_under_its_name() {
     let (board, clock) = board_with(AlertSettings::default(), &[true]);
     stream(&board, SEGMENT + 5, SEGMENT);
     board.note_flush_sample(clock.wall(), Lsn::new(SEGMENT));
-    board.count_wal(Stage::Received, 12);
+    board.count_received(12);
     board.set_queue(3, 400);
     board.set_spool_free(Some(1 << 40));
     board.set_slot(Some(SlotFacts {

@@ -543,11 +543,22 @@ fn another_cluster_and_a_taken_port_are_said() {
     wait_until(MINUTE, "the ERROR", || agent.log().contains(" ERROR "));
     // Started a second time, it says only what it is refused for.
     let refused = walden.exec(&["run"]);
-    assert_eq!((refused.code, refused.stderr.lines().count()), (Some(4), 1), "{}", refused.stderr);
-    assert!(refused.stderr.contains("another Walden uses the spool"), "{}", refused.stderr);
+    let lines: Vec<&str> = refused.stderr.lines().filter(|line| !line.contains(" INFO walden starts")).collect();
+    assert_eq!((refused.code, lines.len()), (Some(4), 1), "{}", refused.stderr);
+    assert!(lines[0].contains("another Walden uses the spool"), "{}", refused.stderr);
     let log = agent.log();
     let line = log.lines().find(|line| line.contains(" ERROR ")).expect("it was there");
-    assert!(line.contains(&address) && line.contains("in use") && line.contains("metrics.listen"), "{line}");
+    for word in [&*address, "in use", "metrics.listen", "; ", "cause=metrics_failing"] {
+        assert!(line.contains(word), "\"{word}\" is not said: {line}");
+    }
+    // Said once; and once the port is free, the agent takes it without a restart.
+    drop(taken);
+    let port = address.rsplit_once(':').and_then(|(_, port)| port.parse().ok()).expect("a port");
+    wait_until(MINUTE, "the agent to answer", || walden::http_get(port, "/readyz").is_ok_and(|(code, _)| code == 200));
+    let (_, metrics) = walden::http_get(port, "/metrics").expect("an answer");
+    assert!(metrics.contains("code=\"metrics_failing\"} 0"), "{metrics}");
+    assert_eq!(agent.log().matches(" ERROR ").count(), 1, "{}", agent.log());
+    assert!(agent.log().contains("cause=metrics_failing since="), "{}", agent.log());
     assert!(agent.sigterm(MINUTE).success());
 }
 

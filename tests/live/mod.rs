@@ -13,3 +13,4 @@ mod usage;
 mod stores;
 mod timeline;
 mod wal_records;
+mod watched;
