@@ -109,6 +109,11 @@ impl ArchiveError {
         }
     }
 
+    /// Going on would be wrong until an operator acts, as opposed to what failed or should not happen.
+    pub fn is_refusal(&self) -> bool {
+        self.next_step() == NextStep::Stop && !matches!(self, Self::Internal { .. })
+    }
+
     /// What to do about it, one sentence.
     pub fn hint(&self) -> &'static str {
         match self {
@@ -129,7 +134,9 @@ impl ArchiveError {
             Self::Behind { .. } => {
                 "if it is a standby, it is waited for; if it was restored from a backup, archive it under another archive.cluster"
             }
-            Self::OtherCluster { .. } => "correct postgres.url, or give this cluster its own archive.cluster",
+            Self::OtherCluster { .. } => {
+                "correct postgres.url, or give this cluster its own archive.cluster; if it has replaced the other one, `walden adopt --system-identifier` with its number lets it archive here"
+            }
             Self::NoSlot { .. } => {
                 "create it with pg_create_physical_replication_slot(name, true), or set postgres.create_slot = true"
             }

@@ -15,6 +15,7 @@ mod backlog;
 mod error;
 mod gap;
 mod held;
+mod identity;
 mod live;
 mod receiver;
 mod sealer;

@@ -11,6 +11,7 @@ pub mod wal_fetch;
 
 pub mod deliver;
 
+mod adopt;
 mod backup;
 mod check;
 mod http;
@@ -65,6 +66,7 @@ fn dispatch(cli: &Cli, output: &Output) -> Result<u8, CliError> {
         Command::List(args) => list::run(&settings, output, args),
         Command::Restore(args) => restore::run(&settings, output, args),
         Command::RecoveryConf(args) => recovery_conf::run(&settings, output, args),
+        Command::Adopt(args) => adopt::run(&settings, output, args),
         Command::WalFetch(_) => Ok(wal_fetch::NOT_DELIVERED), // returned above
     }
 }
