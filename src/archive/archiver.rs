@@ -179,6 +179,7 @@ impl Archiver {
             histories_spooled: HashSet::new(),
             missing,
             way: Way::Overlapping,
+            host: 0,
         };
         let live = std::thread::Builder::new()
             .name("walden-receive".into())

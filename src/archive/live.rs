@@ -9,6 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::assembler::{Assembler, AssemblerSettings};
 use super::backlog::Backlog;
+use super::divergence::parting;
 use super::held::{
     Held, HeldBytes, HeldPart, HeldRemotely, InSpool, Reach, find_in_spool, find_remotely, name_finished,
 };
@@ -34,6 +35,8 @@ use crate::wal::{Lsn, SegmentName, SegmentSize, SystemIdentifier, TimelineHistor
 const CATCHING_UP_BYTES: u64 = 16 << 20;
 /// A session that lasted this long was a working one: the next failure begins its waiting anew.
 const WORKING_SESSION: Duration = Duration::from_secs(30);
+/// How long a store may take to show a history file before the stream goes on without its word.
+const ASK_LIMIT: Duration = Duration::from_secs(5);
 const SHORTEST_STATUS_INTERVAL: Duration = Duration::from_millis(200);
 
 /// What the live path is told by the configuration.
@@ -84,6 +87,8 @@ pub struct Live {
     pub histories_spooled: HashSet<TimelineId>,
     pub missing: Missing,
     pub way: Way,
+    /// Which of the settings' hosts was reached last.
+    pub host: usize,
 }
 
 /// How the next session begins, by what the one before met.
@@ -126,6 +131,7 @@ impl Live {
                 }
                 // The next session begins further on at once; only WAL that goes as fast as it is looked for is waited out.
                 Err(ArchiveError::WalGone { .. }) if !behind_gap => continue,
+                Err(ArchiveError::Diverged { at }) => ArchiveError::Diverged { at: self.first_difference(at).await },
                 Err(error) => self.set_aside(error),
             };
             self.tell(&error);
@@ -147,7 +153,7 @@ impl Live {
     fn tell(&self, error: &ArchiveError) {
         let message = format!("{}; {}", error.describe(), error.hint());
         match error {
-            ArchiveError::Diverged { at } => {
+            ArchiveError::Diverged { at } | ArchiveError::OtherHistory { at, .. } => {
                 self.board.set_diverged(Some(*at));
                 self.board.raise(CauseCode::Diverged, message.clone());
             }
@@ -170,6 +176,7 @@ impl Live {
             connection = connect => connection?,
             () = self.shutdown.cancelled() => return Err(ArchiveError::Stopping),
         };
+        self.host = connection.host_index();
         let info = connection.identify_system().await?;
         if info.system_identifier != self.system {
             return Err(ArchiveError::OtherCluster { found: info.system_identifier, expected: self.system });
@@ -206,12 +213,7 @@ impl Live {
     /// The contiguous WAL that is held. A spool that is empty (a new host) or older than the repositories (another agent archived
     /// meanwhile) takes up where they end.
     async fn held(&mut self) -> Result<Option<Held>, ArchiveError> {
-        let finished = name_finished(&self.spool, self.system, self.segment_size)?;
-        if !finished.is_empty() {
-            self.backlog.insert(&finished);
-        }
-        let InSpool { held: spooled, useless } = find_in_spool(&self.spool, self.system, self.segment_size)?;
-        useless.iter().try_for_each(|path| self.spool.remove_open(path))?;
+        let spooled = self.held_now_tidied()?;
         if spooled.is_none() {
             self.held_remotely = self.ask_repositories(Reach::Least).await?.map(|remote| remote.held);
         }
@@ -221,6 +223,27 @@ impl Live {
             (Some(spooled), _) => Some(spooled),
             (None, remote) => remote.clone(),
         })
+    }
+
+    /// What the spool holds, after finished segments have their names and useless files are gone.
+    fn held_now_tidied(&mut self) -> Result<Option<Held>, ArchiveError> {
+        let finished = name_finished(&self.spool, self.system, self.segment_size)?;
+        if !finished.is_empty() {
+            self.backlog.insert(&finished);
+        }
+        let InSpool { held, useless } = find_in_spool(&self.spool, self.system, self.segment_size)?;
+        useless.iter().try_for_each(|path| self.spool.remove_open(path))?;
+        Ok(held)
+    }
+
+    /// What the spool holds, without a change to it.
+    pub(super) fn held_now(&self) -> Result<Option<Held>, ArchiveError> {
+        Ok(find_in_spool(&self.spool, self.system, self.segment_size)?.held)
+    }
+
+    /// The settings for another connection to the server that this one has reached.
+    pub(super) fn connected_host(&self) -> ConnectSettings {
+        self.settings.connect.only_host(self.host)
     }
 
     /// What the repositories hold, asked on the runtime of their clients.
@@ -290,6 +313,28 @@ impl Live {
         }
     }
 
+    /// A number that another promotion was given as well: nothing of this one is streamed (I2, I10). A store that does not answer
+    /// holds nothing up, since its object is never overwritten.
+    async fn refuse_other_history(&self, timeline: TimelineId, content: &[u8]) -> Result<(), ArchiveError> {
+        let mut held = vec![std::fs::read(self.spool.path_of(&Spool::history(timeline))).ok()];
+        for (archive, _) in &self.archives {
+            let archive = archive.clone();
+            let asked = self.stores.spawn(async move { archive.history(timeline).await });
+            match tokio::time::timeout(ASK_LIMIT, asked).await {
+                Ok(Ok(Ok(found))) => held.push(found.map(|bytes| bytes.to_vec())),
+                _ => tracing::debug!(%timeline, "the stored history file is not known"),
+            }
+        }
+        for other in held.into_iter().flatten().filter(|other| other != content) {
+            let at = match (TimelineHistory::parse(timeline, content), TimelineHistory::parse(timeline, &other)) {
+                (Ok(ours), Ok(theirs)) => parting(&ours, &theirs),
+                _ => Lsn::ZERO,
+            };
+            return Err(ArchiveError::OtherHistory { timeline: timeline.get(), at });
+        }
+        Ok(())
+    }
+
     pub(super) async fn history(
         &self,
         connection: &mut ReplicationConnection,
@@ -317,6 +362,7 @@ impl Live {
             }
             match connection.timeline_history(timeline).await? {
                 Some(content) => {
+                    self.refuse_other_history(timeline, &content).await?;
                     let name = self.spool.write_small(Spool::history(timeline), &content)?;
                     self.backlog.insert(&[small_entry(&name, &content)]);
                     self.histories_spooled.insert(timeline);

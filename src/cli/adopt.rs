@@ -75,7 +75,8 @@ fn told(
     done: Vec<(&Repository, Vec<SystemIdentifier>)>,
 ) -> Result<u8, CliError> {
     if output.is_json() {
-        let repositories = done.iter().map(|(repository, before)| json!({ "name": repository.name(), "before": before }));
+        let repositories =
+            done.iter().map(|(repository, before)| json!({ "name": repository.name(), "before": before }));
         let repositories: Vec<_> = repositories.collect();
         output.document(&json!({ "schema": 1, "system_identifier": system, "repositories": repositories }))?;
         return Ok(exit::DONE);
@@ -125,7 +126,11 @@ async fn falls_silent(archive: &Archive, output: &Output) -> Result<(), CliError
         match archive.lease().await? {
             Some(lease) if lease.ttl_seconds > 0 && lease != first => {
                 let message = format!("{who} still archives system {} under this name", archive.system());
-                return Err(CliError::new(exit::REFUSED, message, "stop that agent first, or give it another archive.cluster"));
+                return Err(CliError::new(
+                    exit::REFUSED,
+                    message,
+                    "stop that agent first, or give it another archive.cluster",
+                ));
             }
             Some(lease) if lease.ttl_seconds > 0 => {}
             _ => return Ok(()),

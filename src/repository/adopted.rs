@@ -31,7 +31,9 @@ impl Adopted {
     pub fn parse(bytes: &[u8]) -> Result<Self, ObjectProblem> {
         let adopted: Self = parse_json(bytes)?;
         if adopted.generation == 0 || adopted.host.len() > 1024 {
-            return Err(ObjectProblem::Unreadable("it has no generation, or its host is not named as hosts are".into()));
+            return Err(ObjectProblem::Unreadable(
+                "it has no generation, or its host is not named as hosts are".into(),
+            ));
         }
         Ok(adopted)
     }
@@ -47,7 +49,10 @@ impl Succession {
         let own = self.generation_of(system);
         let others = self.0.iter().filter(|(other, _)| *other != system);
         // Two that were adopted at the same time: neither, until one of them is adopted again under a name of its own.
-        others.filter(|(_, generation)| *generation >= own).max_by_key(|(_, generation)| *generation).map(|(other, _)| *other)
+        others
+            .filter(|(_, generation)| *generation >= own)
+            .max_by_key(|(_, generation)| *generation)
+            .map(|(other, _)| *other)
     }
 
     pub fn generation_of(&self, system: SystemIdentifier) -> u64 {

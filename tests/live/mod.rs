@@ -5,6 +5,7 @@ mod check;
 mod first_use;
 mod house;
 mod refusals;
+mod identity;
 pub mod restore;
 pub mod streaming;
 mod usage;
