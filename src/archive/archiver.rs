@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::backlog::{Backlog, Index};
 use super::held::{find_in_spool, name_finished};
+use super::hosts::OtherHosts;
 use super::identity::{self, Identity};
 use super::live::{Live, LiveSettings, Way};
 use super::tail::Tail;
@@ -160,6 +161,16 @@ impl Archiver {
                 .run(),
             );
         }
+        let (streaming, streaming_seen) = watch::channel(None);
+        let hosts = OtherHosts {
+            settings: settings.live.clone(),
+            system,
+            segment_size,
+            board: board.clone(),
+            streaming: streaming_seen,
+            shutdown: shutdown.clone(),
+        };
+        uploaders.spawn(hosts.run());
         let live = Live {
             settings: settings.live.clone(),
             system,
@@ -180,6 +191,8 @@ impl Archiver {
             missing,
             way: Way::Overlapping,
             host: 0,
+            avoid: None,
+            streaming,
         };
         let live = std::thread::Builder::new()
             .name("walden-receive".into())
@@ -295,6 +308,10 @@ fn open_backlog(
             None
         }
     };
+    // A crash may have come between a segment's being set aside and its being fetched again. The live path asks first whether it is
+    // archived since.
+    let spooled: HashSet<SegmentName> = contents.sealed.iter().filter_map(|(name, _)| segment_in(name, size)).collect();
+    missing.extend(spool.quarantined(size)?.into_iter().filter(|segment| !spooled.contains(segment)));
     let known: HashSet<String> = entries.iter().map(|entry| entry.relative.clone()).collect();
     let mut found = Vec::new();
     for (name, length) in contents.sealed.iter().filter(|(name, _)| !known.contains(&name.relative)) {

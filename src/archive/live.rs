@@ -13,6 +13,7 @@ use super::divergence::parting;
 use super::held::{
     Held, HeldBytes, HeldPart, HeldRemotely, InSpool, Reach, find_in_spool, find_remotely, name_finished,
 };
+use super::hosts::Streaming;
 use super::receiver::{Receiver, SessionEnd};
 use super::sealer::{DiskSide, SpoolBounds};
 use super::start::Start;
@@ -89,6 +90,9 @@ pub struct Live {
     pub way: Way,
     /// Which of the settings' hosts was reached last.
     pub host: usize,
+    /// That host is behind what is held: another one is tried first.
+    pub avoid: Option<usize>,
+    pub streaming: watch::Sender<Option<Streaming>>,
 }
 
 /// How the next session begins, by what the one before met.
@@ -134,6 +138,9 @@ impl Live {
                 Err(ArchiveError::Diverged { at }) => ArchiveError::Diverged { at: self.first_difference(at).await },
                 Err(error) => self.set_aside(error),
             };
+            if matches!(error, ArchiveError::Behind { .. } | ArchiveError::OlderTimeline { .. }) {
+                self.avoid = Some(self.host);
+            }
             self.tell(&error);
             if error.next_step() == NextStep::Stop {
                 self.halt.stop(error);
@@ -170,13 +177,28 @@ impl Live {
         self.board.set_disconnected(message);
     }
 
-    async fn session(&mut self) -> Result<SessionEnd, ArchiveError> {
-        let connect = ReplicationConnection::connect(&self.settings.connect);
-        let mut connection = tokio::select! {
-            connection = connect => connection?,
-            () = self.shutdown.cancelled() => return Err(ArchiveError::Stopping),
-        };
+    /// The first host that is what is asked for, but one that was just found behind what is held only if there is no other.
+    async fn connect(&mut self) -> Result<ReplicationConnection, ArchiveError> {
+        let connect = self.settings.connect.clone();
+        if let Some(avoid) = self.avoid.take() {
+            for host in (0..connect.targets().len()).filter(|host| *host != avoid) {
+                if let Ok(connection) = ReplicationConnection::connect(&connect.only_host(host)).await {
+                    self.host = host;
+                    return Ok(connection);
+                }
+            }
+        }
+        let connection = ReplicationConnection::connect(&connect).await?;
         self.host = connection.host_index();
+        Ok(connection)
+    }
+
+    async fn session(&mut self) -> Result<SessionEnd, ArchiveError> {
+        let shutdown = self.shutdown.clone();
+        let mut connection = tokio::select! {
+            connection = self.connect() => connection?,
+            () = shutdown.cancelled() => return Err(ArchiveError::Stopping),
+        };
         let info = connection.identify_system().await?;
         if info.system_identifier != self.system {
             return Err(ArchiveError::OtherCluster { found: info.system_identifier, expected: self.system });
@@ -315,13 +337,22 @@ impl Live {
 
     /// A number that another promotion was given as well: nothing of this one is streamed (I2, I10). A store that does not answer
     /// holds nothing up, since its object is never overwritten.
-    async fn refuse_other_history(&self, timeline: TimelineId, content: &[u8]) -> Result<(), ArchiveError> {
+    async fn refuse_other_history(
+        &self,
+        timeline: TimelineId,
+        content: &[u8],
+        answering: &mut Vec<Archive>,
+    ) -> Result<(), ArchiveError> {
         let mut held = vec![std::fs::read(self.spool.path_of(&Spool::history(timeline))).ok()];
-        for (archive, _) in &self.archives {
-            let archive = archive.clone();
-            let asked = self.stores.spawn(async move { archive.history(timeline).await });
+        for archive in std::mem::take(answering) {
+            let asked = archive.clone();
+            let asked = self.stores.spawn(async move { asked.history(timeline).await });
             match tokio::time::timeout(ASK_LIMIT, asked).await {
-                Ok(Ok(Ok(found))) => held.push(found.map(|bytes| bytes.to_vec())),
+                Ok(Ok(Ok(found))) => {
+                    held.push(found.map(|bytes| bytes.to_vec()));
+                    answering.push(archive);
+                }
+                // It is not asked for the others: a chain may be long.
                 _ => tracing::debug!(%timeline, "the stored history file is not known"),
             }
         }
@@ -355,6 +386,7 @@ impl Live {
         last: TimelineId,
     ) -> Result<(), ArchiveError> {
         let Some(chain) = self.history(connection, last).await? else { return Ok(()) };
+        let mut answering: Vec<Archive> = self.archives.iter().map(|(archive, _)| archive.clone()).collect();
         let timelines = chain.ancestors().iter().map(|ancestor| ancestor.timeline).chain([last]);
         for timeline in timelines.filter(|timeline| *timeline != TimelineId::FIRST && *timeline <= last) {
             if self.histories_spooled.contains(&timeline) {
@@ -362,7 +394,7 @@ impl Live {
             }
             match connection.timeline_history(timeline).await? {
                 Some(content) => {
-                    self.refuse_other_history(timeline, &content).await?;
+                    self.refuse_other_history(timeline, &content, &mut answering).await?;
                     let name = self.spool.write_small(Spool::history(timeline), &content)?;
                     self.backlog.insert(&[small_entry(&name, &content)]);
                     self.histories_spooled.insert(timeline);
@@ -457,6 +489,7 @@ impl Live {
             old_open,
         );
         self.board.set_connected();
+        self.streaming.send_replace(Some(Streaming { host: self.host, timeline: start.timeline }));
         self.board.clear(CauseCode::SlotMissing);
         self.board.clear(CauseCode::SpoolFailing);
         tracing::info!(timeline = %start.timeline, %position, held_to = %start.held_end, "streaming");

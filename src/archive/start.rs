@@ -72,6 +72,7 @@ impl Live {
             if info.flush_lsn < held.end {
                 return Err(self.judge_behind(&held, info.flush_lsn).await);
             }
+            self.forget_archived(held.timeline).await;
             if let Some(segment) = self.missing.first(held.timeline).filter(|segment| segment.end() <= held.sealed_end)
             {
                 tracing::warn!(%segment, "fetching a lost segment again");

@@ -6,6 +6,7 @@
 
 mod agent;
 mod folders;
+mod hosts;
 mod port;
 mod report;
 mod repository;

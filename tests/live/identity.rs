@@ -122,6 +122,35 @@ fn a_new_cluster_archives_under_an_old_name_once_it_is_adopted() {
     first.stop_fast();
 }
 
+/// Another cluster takes the server's place while the agent runs: nothing of it is streamed, no slot is made on it, and the agent says
+/// so and goes on answering (I6, B3 of the failure table).
+#[test]
+fn a_cluster_made_anew_under_a_running_agent_is_not_streamed() {
+    let stage = Stage::new("anew");
+    let mut first = Postgres::builder(17).wal_segsize(1).named("first").start(&stage);
+    let mut second = Postgres::builder(17).wal_segsize(1).named("second").start(&stage);
+    let walden = Walden::local(&stage, &first, "[upload]\nretry_delay_max = \"1s\"\n");
+    let mut agent = walden.run_connected();
+    archive_all(&first, &mut agent);
+    let system = second.system_identifier().to_string();
+    second.stop_fast();
+    first.stop_fast();
+    agent.wait_status(MINUTE, "everything to be shipped", |status| {
+        status["queue"]["segments"] == 0 && status["archived_lsn"] == status["durable_lsn"]
+    });
+    (second.sockets, second.port) = (first.sockets.clone(), first.port);
+    let (spool, before) = (content(&walden.spool()), content(&walden.repository()));
+    second.start();
+    let status = agent.wait_status(ALARM, "the cause other_cluster", |status| has_cause(status, "other_cluster"));
+    assert!(status.to_string().contains(&system), "{status}");
+    assert_eq!(agent.get("/readyz").expect("an answer").0, 503);
+    assert_eq!(second.value("SELECT count(*) FROM pg_replication_slots"), "0");
+    assert!(agent.is_running());
+    agent.sigterm(MINUTE);
+    assert_eq!(before, content(&walden.repository()), "the repository was changed");
+    assert_eq!(spool, content(&walden.spool()), "the spool was changed");
+}
+
 /// Where the server's WAL differs first from what the first server's own `archive_command` copied.
 fn first_difference(server: &Postgres, oracle: &Path, timeline: TimelineId) -> Lsn {
     let size = server.segment_size();

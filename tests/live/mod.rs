@@ -3,9 +3,11 @@
 mod by_hand;
 mod check;
 mod first_use;
+mod hosts;
 mod house;
 mod refusals;
 mod identity;
+mod lease;
 pub mod restore;
 pub mod streaming;
 mod usage;
