@@ -12,24 +12,22 @@ use tokio_util::sync::CancellationToken;
 
 use super::backlog::{Backlog, Index};
 use super::held::{find_in_spool, name_finished};
+use super::hosts::OtherHosts;
+use super::identity::{self, Identity};
 use super::live::{Live, LiveSettings, Way};
 use super::tail::Tail;
 use super::turn::Turn;
 use super::uploader::{Failing, Uploader};
 use super::{ArchiveError, Halt, Missing};
 use crate::disk::Disk;
-use crate::failure::NextStep;
-use crate::postgres::ReplicationConnection;
 use crate::queue::{OpenedAs, Queue, QueueEntry, QueueError};
 use crate::repository::{Archive, LeaseHolder, Repository};
 use crate::spool::{Spool, SpoolError, SpoolLock, SpooledName};
-use crate::storage::{Backoff, ObjectStore};
-use crate::telemetry::{Board, CauseCode};
+use crate::storage::ObjectStore;
+use crate::telemetry::Board;
 use crate::wal::{SegmentName, SegmentSize, SystemIdentifier};
 
 const LOCK_POLL: Duration = Duration::from_millis(50);
-/// How long a start waits for a store that need not answer now.
-const LOOK_LIMIT: Duration = Duration::from_secs(5);
 
 /// What the archiver is told by the configuration.
 #[derive(Clone)]
@@ -74,13 +72,6 @@ pub struct Archiver {
     _lock: SpoolLock,
 }
 
-/// Who the server is.
-#[derive(Clone, Copy)]
-struct Identity {
-    system: SystemIdentifier,
-    segment_size: SegmentSize,
-}
-
 impl Archiver {
     /// Begins to archive. Waits for the server if nothing tells yet which cluster it is, and for the repositories if only they know
     /// where to go on. `Err` with `NextStep::Stop` is a refusal.
@@ -95,20 +86,23 @@ impl Archiver {
             let (disk, root, patience) = (disk.clone(), settings.spool_path.clone(), settings.lock_patience);
             blocking(move || Ok((lock_spool(&disk, &root, patience)?, Spool::agent_id(&disk, &root)?))).await?
         };
-        let identity = match known_identity(&disk, &settings)? {
-            Some(identity) => identity,
-            None => ask_identity(&settings.live, &board, &shutdown).await?,
-        };
-        let Identity { system, segment_size } = identity;
+        let identity = identity::find(&disk, &settings, &board, &shutdown).await?;
+        let Identity { system, segment_size, .. } = identity;
         board.set_identity(system, segment_size);
+        // Nothing is made for a cluster that may be refused.
+        if identity.is_new_here() {
+            identity::check_stores(&settings, &targets, &identity, true, &board, &shutdown).await?;
+        }
         let spool = Spool::open(disk.clone(), &settings.spool_path, &settings.cluster, system)?;
         // The backlog lists them. What cannot be read now is told by the live path, which looks again.
         let held = || {
             name_finished(&spool, system, segment_size)?;
             Ok::<_, ArchiveError>(find_in_spool(&spool, system, segment_size)?.held)
         };
-        let fresh = matches!(held(), Ok(None));
-        check_stores(&settings, &targets, system, fresh, &board, &shutdown).await?;
+        if !identity.is_new_here() {
+            let is_empty = matches!(held(), Ok(None));
+            identity::check_stores(&settings, &targets, &identity, is_empty, &board, &shutdown).await?;
+        }
 
         let archives: Vec<Archive> = targets.iter().map(|target| target.repository.bind(system)).collect();
         let names: Vec<String> = targets.iter().map(|target| target.repository.name().to_owned()).collect();
@@ -167,6 +161,16 @@ impl Archiver {
                 .run(),
             );
         }
+        let (streaming, streaming_seen) = watch::channel(None);
+        let hosts = OtherHosts {
+            settings: settings.live.clone(),
+            system,
+            segment_size,
+            board: board.clone(),
+            streaming: streaming_seen,
+            shutdown: shutdown.clone(),
+        };
+        uploaders.spawn(hosts.run());
         let live = Live {
             settings: settings.live.clone(),
             system,
@@ -186,6 +190,9 @@ impl Archiver {
             histories_spooled: HashSet::new(),
             missing,
             way: Way::Overlapping,
+            host: 0,
+            avoid: None,
+            streaming,
         };
         let live = std::thread::Builder::new()
             .name("walden-receive".into())
@@ -264,94 +271,6 @@ async fn blocking<T: Send + 'static>(
     done.map_err(|panic| ArchiveError::Internal { why: panic.to_string() })?
 }
 
-/// The spool tells which cluster it is of, so that what it holds is shipped also while the server is away.
-fn known_identity(disk: &Disk, settings: &ArchiverSettings) -> Result<Option<Identity>, ArchiveError> {
-    let systems = Spool::known_systems(&settings.spool_path, &settings.cluster)?;
-    let [system] = systems[..] else { return Ok(None) };
-    let spool = Spool::open(disk.clone(), &settings.spool_path, &settings.cluster, system)?;
-    Ok(spool.segment_size()?.map(|segment_size| Identity { system, segment_size }))
-}
-
-async fn ask_identity(
-    live: &LiveSettings,
-    board: &Board,
-    shutdown: &CancellationToken,
-) -> Result<Identity, ArchiveError> {
-    let mut backoff = Backoff::new(live.retry_delay_max);
-    loop {
-        let asked = async {
-            let mut connection = ReplicationConnection::connect(&live.connect).await?;
-            let system = connection.identify_system().await?.system_identifier;
-            Ok::<_, ArchiveError>(Identity { system, segment_size: connection.segment_size().await? })
-        };
-        let error = tokio::select! {
-            asked = asked => match asked {
-                Ok(identity) => return Ok(identity),
-                Err(error) => error,
-            },
-            () = shutdown.cancelled() => return Err(ArchiveError::Stopping),
-        };
-        board.set_disconnected(format!("{}; {}", error.describe(), error.hint()));
-        tokio::select! {
-            () = tokio::time::sleep(backoff.next_delay()) => {}
-            () = shutdown.cancelled() => return Err(ArchiveError::Stopping),
-        }
-    }
-}
-
-/// Looks for another cluster under the name before anything is streamed. With an empty spool the repositories must answer first.
-async fn check_stores(
-    settings: &ArchiverSettings,
-    targets: &[Target],
-    system: SystemIdentifier,
-    must_answer: bool,
-    board: &Board,
-    shutdown: &CancellationToken,
-) -> Result<(), ArchiveError> {
-    for target in targets {
-        let mut backoff = Backoff::new(settings.live.retry_delay_max);
-        loop {
-            let look = async {
-                let abilities = target.store.probe(&format!("{}/walden-check/", settings.cluster)).await?;
-                Ok::<_, crate::repository::RepositoryError>((abilities, target.repository.systems().await?))
-            };
-            let looked = async {
-                if must_answer && target.required {
-                    return Some(look.await);
-                }
-                // The uploader asks again before it writes; streaming does not wait for a store that hangs (I11).
-                tokio::time::timeout(LOOK_LIMIT, look).await.ok()
-            };
-            let error = tokio::select! {
-                looked = looked => match looked {
-                    None => break,
-                    Some(Ok((abilities, systems))) => {
-                        if let Some(found) = systems.into_iter().find(|other| *other != system) {
-                            return Err(ArchiveError::OtherCluster { found: system, expected: found });
-                        }
-                        if !(abilities.prove_one_writer() || target.single_writer) {
-                            return Err(ArchiveError::NoConditions { url: target.repository.url() });
-                        }
-                        break;
-                    }
-                    Some(Err(error)) => ArchiveError::Repository(error),
-                },
-                () = shutdown.cancelled() => return Err(ArchiveError::Stopping),
-            };
-            let message = format!("repository {}: {}; {}", target.repository.name(), error.describe(), error.hint());
-            board.raise(CauseCode::StoreFailing, message);
-            if !(must_answer && target.required) || error.next_step() == NextStep::Stop {
-                break;
-            }
-            tokio::select! {
-                () = tokio::time::sleep(backoff.next_delay()) => {}
-                () = shutdown.cancelled() => return Err(ArchiveError::Stopping),
-            }
-        }
-    }
-    Ok(())
-}
-
 /// Opens the queue and makes it agree with the spool's names and sizes. Contents are read only of files that it does not know.
 fn open_backlog(
     disk: &Disk,
@@ -389,6 +308,10 @@ fn open_backlog(
             None
         }
     };
+    // A crash may have come between a segment's being set aside and its being fetched again. The live path asks first whether it is
+    // archived since.
+    let spooled: HashSet<SegmentName> = contents.sealed.iter().filter_map(|(name, _)| segment_in(name, size)).collect();
+    missing.extend(spool.quarantined(size)?.into_iter().filter(|segment| !spooled.contains(segment)));
     let known: HashSet<String> = entries.iter().map(|entry| entry.relative.clone()).collect();
     let mut found = Vec::new();
     for (name, length) in contents.sealed.iter().filter(|(name, _)| !known.contains(&name.relative)) {

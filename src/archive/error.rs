@@ -47,6 +47,10 @@ pub enum ArchiveError {
     Diverged { at: Lsn },
     #[error("the server is at {server}, behind the end of what is held, {held}")]
     Behind { server: Lsn, held: Lsn },
+    #[error("the server is on timeline {server}, and timeline {held} is held, which came after it")]
+    OlderTimeline { server: u32, held: u32 },
+    #[error("timeline {timeline} of the server is not the one that is held: they differ from {at} on")]
+    OtherHistory { timeline: u32, at: Lsn },
     #[error("the server is on timeline {server}, what is held is on timeline {held}, and they have no common history")]
     OtherBranch { server: u32, held: u32 },
     #[error("the server has system identifier {found}, but this cluster's WAL is of {expected}")]
@@ -100,13 +104,23 @@ impl ArchiveError {
             | Self::WalGone { .. }
             | Self::Jump { .. } => NextStep::Retry,
             // A standby that has not caught up is waited for.
-            Self::Behind { .. } | Self::NoSlot { .. } | Self::LogicalSlot { .. } => NextStep::Retry,
+            Self::Behind { .. } | Self::OlderTimeline { .. } | Self::NoSlot { .. } | Self::LogicalSlot { .. } => {
+                NextStep::Retry
+            }
             Self::Remove { .. } | Self::Read { .. } | Self::NotThere { .. } | Self::Stopping | Self::Wal(_) => {
                 NextStep::Retry
             }
-            Self::Diverged { .. } | Self::OtherBranch { .. } | Self::OtherCluster { .. } => NextStep::Stop,
+            Self::Diverged { .. }
+            | Self::OtherHistory { .. }
+            | Self::OtherBranch { .. }
+            | Self::OtherCluster { .. } => NextStep::Stop,
             Self::NoConditions { .. } | Self::Refused { .. } | Self::Internal { .. } => NextStep::Stop,
         }
+    }
+
+    /// Going on would be wrong until an operator acts, as opposed to what failed or should not happen.
+    pub fn is_refusal(&self) -> bool {
+        self.next_step() == NextStep::Stop && !matches!(self, Self::Internal { .. })
     }
 
     /// What to do about it, one sentence.
@@ -123,13 +137,18 @@ impl ArchiveError {
             Self::Silent { .. } | Self::StreamEnded => {
                 "check the network between here and the server; the connection is made again"
             }
-            Self::Diverged { .. } | Self::OtherBranch { .. } => {
+            Self::Diverged { .. } | Self::OtherHistory { .. } | Self::OtherBranch { .. } => {
                 "nothing of it is archived: connect to the right server, or archive this one under another archive.cluster"
+            }
+            Self::OlderTimeline { .. } => {
+                "it is waited for, or for another host of postgres.url: a server that was left behind by a promotion must be rewound or made anew; one that was restored on purpose needs its own archive.cluster"
             }
             Self::Behind { .. } => {
                 "if it is a standby, it is waited for; if it was restored from a backup, archive it under another archive.cluster"
             }
-            Self::OtherCluster { .. } => "correct postgres.url, or give this cluster its own archive.cluster",
+            Self::OtherCluster { .. } => {
+                "correct postgres.url, or give this cluster its own archive.cluster; if it has replaced the other one, `walden adopt --system-identifier` with its number lets it archive here"
+            }
             Self::NoSlot { .. } => {
                 "create it with pg_create_physical_replication_slot(name, true), or set postgres.create_slot = true"
             }

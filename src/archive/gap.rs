@@ -11,7 +11,8 @@ use super::live::{Live, Way, small_entry};
 use super::start::Start;
 use crate::postgres::ReplicationConnection;
 use crate::queue::QueueEntry;
-use crate::repository::{Catalog, Gap};
+use crate::repository::{Archive, Catalog, Gap, RepositoryError};
+use crate::seal::Compression;
 use crate::spool::{OpenSegment, Spool};
 use crate::telemetry::{Board, CauseCode, GapFact};
 use crate::wal::{Lsn, PgTime, SegmentName, SystemIdentifier, TimelineId};
@@ -114,16 +115,44 @@ impl Live {
     /// Whether some repository is seen to hold the segment after all.
     async fn is_archived(&self, segment: SegmentName) -> bool {
         for (archive, _) in &self.archives {
-            let archive = archive.clone();
-            let (timeline, start) = (segment.timeline(), segment.start());
-            let asked = self.stores.spawn(async move { archive.archived_from(timeline, start, segment.size()).await });
-            if let Ok(Ok(Ok(wal))) = tokio::time::timeout(ASK_LIMIT, asked).await
-                && wal.end >= segment.end()
-            {
+            if self.is_archived_in(archive, segment).await {
                 return true;
             }
         }
         false
+    }
+
+    async fn is_archived_in(&self, archive: &Archive, segment: SegmentName) -> bool {
+        let archive = archive.clone();
+        let asked = self.stores.spawn(async move {
+            for compression in [Compression::Lz4, Compression::Zstd] {
+                if archive.head(&archive.keys().segment(segment, compression)).await?.is_some() {
+                    return Ok::<_, RepositoryError>(true);
+                }
+            }
+            Ok(false)
+        });
+        matches!(tokio::time::timeout(ASK_LIMIT, asked).await, Ok(Ok(Ok(true))))
+    }
+
+    /// Segments that were once set aside, and that every repository holds since or knows as a gap, are not missing.
+    pub(super) async fn forget_archived(&self, timeline: TimelineId) {
+        while let Some(segment) = self.missing.first(timeline) {
+            for (archive, _) in &self.archives {
+                if !self.is_archived_in(archive, segment).await && !self.is_told_in(archive, segment).await {
+                    return;
+                }
+            }
+            self.missing.remove(segment);
+        }
+    }
+
+    async fn is_told_in(&self, archive: &Archive, segment: SegmentName) -> bool {
+        let archive = archive.clone();
+        let asked = self.stores.spawn(async move { archive.gaps(segment.size()).await });
+        let Ok(Ok(Ok(gaps))) = tokio::time::timeout(ASK_LIMIT, asked).await else { return false };
+        let covers = |gap: &Gap| gap.from_lsn <= segment.start() && segment.end() <= gap.to_lsn;
+        gaps.iter().any(|gap| gap.timeline == segment.timeline() && covers(gap))
     }
 
     /// Records that `[from, to)` of a timeline is lost. Durable on return; the uploaders bring it to the repositories but those

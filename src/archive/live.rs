@@ -9,9 +9,11 @@ use tokio_util::sync::CancellationToken;
 
 use super::assembler::{Assembler, AssemblerSettings};
 use super::backlog::Backlog;
+use super::divergence::parting;
 use super::held::{
     Held, HeldBytes, HeldPart, HeldRemotely, InSpool, Reach, find_in_spool, find_remotely, name_finished,
 };
+use super::hosts::Streaming;
 use super::receiver::{Receiver, SessionEnd};
 use super::sealer::{DiskSide, SpoolBounds};
 use super::start::Start;
@@ -34,6 +36,8 @@ use crate::wal::{Lsn, SegmentName, SegmentSize, SystemIdentifier, TimelineHistor
 const CATCHING_UP_BYTES: u64 = 16 << 20;
 /// A session that lasted this long was a working one: the next failure begins its waiting anew.
 const WORKING_SESSION: Duration = Duration::from_secs(30);
+/// How long a store may take to show a history file before the stream goes on without its word.
+const ASK_LIMIT: Duration = Duration::from_secs(5);
 const SHORTEST_STATUS_INTERVAL: Duration = Duration::from_millis(200);
 
 /// What the live path is told by the configuration.
@@ -84,6 +88,11 @@ pub struct Live {
     pub histories_spooled: HashSet<TimelineId>,
     pub missing: Missing,
     pub way: Way,
+    /// Which of the settings' hosts was reached last.
+    pub host: usize,
+    /// That host is behind what is held: another one is tried first.
+    pub avoid: Option<usize>,
+    pub streaming: watch::Sender<Option<Streaming>>,
 }
 
 /// How the next session begins, by what the one before met.
@@ -126,8 +135,12 @@ impl Live {
                 }
                 // The next session begins further on at once; only WAL that goes as fast as it is looked for is waited out.
                 Err(ArchiveError::WalGone { .. }) if !behind_gap => continue,
+                Err(ArchiveError::Diverged { at }) => ArchiveError::Diverged { at: self.first_difference(at).await },
                 Err(error) => self.set_aside(error),
             };
+            if matches!(error, ArchiveError::Behind { .. } | ArchiveError::OlderTimeline { .. }) {
+                self.avoid = Some(self.host);
+            }
             self.tell(&error);
             if error.next_step() == NextStep::Stop {
                 self.halt.stop(error);
@@ -147,7 +160,7 @@ impl Live {
     fn tell(&self, error: &ArchiveError) {
         let message = format!("{}; {}", error.describe(), error.hint());
         match error {
-            ArchiveError::Diverged { at } => {
+            ArchiveError::Diverged { at } | ArchiveError::OtherHistory { at, .. } => {
                 self.board.set_diverged(Some(*at));
                 self.board.raise(CauseCode::Diverged, message.clone());
             }
@@ -164,11 +177,27 @@ impl Live {
         self.board.set_disconnected(message);
     }
 
+    /// The first host that is what is asked for, but one that was just found behind what is held only if there is no other.
+    async fn connect(&mut self) -> Result<ReplicationConnection, ArchiveError> {
+        let connect = self.settings.connect.clone();
+        if let Some(avoid) = self.avoid.take() {
+            for host in (0..connect.targets().len()).filter(|host| *host != avoid) {
+                if let Ok(connection) = ReplicationConnection::connect(&connect.only_host(host)).await {
+                    self.host = host;
+                    return Ok(connection);
+                }
+            }
+        }
+        let connection = ReplicationConnection::connect(&connect).await?;
+        self.host = connection.host_index();
+        Ok(connection)
+    }
+
     async fn session(&mut self) -> Result<SessionEnd, ArchiveError> {
-        let connect = ReplicationConnection::connect(&self.settings.connect);
+        let shutdown = self.shutdown.clone();
         let mut connection = tokio::select! {
-            connection = connect => connection?,
-            () = self.shutdown.cancelled() => return Err(ArchiveError::Stopping),
+            connection = self.connect() => connection?,
+            () = shutdown.cancelled() => return Err(ArchiveError::Stopping),
         };
         let info = connection.identify_system().await?;
         if info.system_identifier != self.system {
@@ -206,12 +235,7 @@ impl Live {
     /// The contiguous WAL that is held. A spool that is empty (a new host) or older than the repositories (another agent archived
     /// meanwhile) takes up where they end.
     async fn held(&mut self) -> Result<Option<Held>, ArchiveError> {
-        let finished = name_finished(&self.spool, self.system, self.segment_size)?;
-        if !finished.is_empty() {
-            self.backlog.insert(&finished);
-        }
-        let InSpool { held: spooled, useless } = find_in_spool(&self.spool, self.system, self.segment_size)?;
-        useless.iter().try_for_each(|path| self.spool.remove_open(path))?;
+        let spooled = self.held_now_tidied()?;
         if spooled.is_none() {
             self.held_remotely = self.ask_repositories(Reach::Least).await?.map(|remote| remote.held);
         }
@@ -221,6 +245,27 @@ impl Live {
             (Some(spooled), _) => Some(spooled),
             (None, remote) => remote.clone(),
         })
+    }
+
+    /// What the spool holds, after finished segments have their names and useless files are gone.
+    fn held_now_tidied(&mut self) -> Result<Option<Held>, ArchiveError> {
+        let finished = name_finished(&self.spool, self.system, self.segment_size)?;
+        if !finished.is_empty() {
+            self.backlog.insert(&finished);
+        }
+        let InSpool { held, useless } = find_in_spool(&self.spool, self.system, self.segment_size)?;
+        useless.iter().try_for_each(|path| self.spool.remove_open(path))?;
+        Ok(held)
+    }
+
+    /// What the spool holds, without a change to it.
+    pub(super) fn held_now(&self) -> Result<Option<Held>, ArchiveError> {
+        Ok(find_in_spool(&self.spool, self.system, self.segment_size)?.held)
+    }
+
+    /// The settings for another connection to the server that this one has reached.
+    pub(super) fn connected_host(&self) -> ConnectSettings {
+        self.settings.connect.only_host(self.host)
     }
 
     /// What the repositories hold, asked on the runtime of their clients.
@@ -290,6 +335,37 @@ impl Live {
         }
     }
 
+    /// A number that another promotion was given as well: nothing of this one is streamed (I2, I10). A store that does not answer
+    /// holds nothing up, since its object is never overwritten.
+    async fn refuse_other_history(
+        &self,
+        timeline: TimelineId,
+        content: &[u8],
+        answering: &mut Vec<Archive>,
+    ) -> Result<(), ArchiveError> {
+        let mut held = vec![std::fs::read(self.spool.path_of(&Spool::history(timeline))).ok()];
+        for archive in std::mem::take(answering) {
+            let asked = archive.clone();
+            let asked = self.stores.spawn(async move { asked.history(timeline).await });
+            match tokio::time::timeout(ASK_LIMIT, asked).await {
+                Ok(Ok(Ok(found))) => {
+                    held.push(found.map(|bytes| bytes.to_vec()));
+                    answering.push(archive);
+                }
+                // It is not asked for the others: a chain may be long.
+                _ => tracing::debug!(%timeline, "the stored history file is not known"),
+            }
+        }
+        for other in held.into_iter().flatten().filter(|other| other != content) {
+            let at = match (TimelineHistory::parse(timeline, content), TimelineHistory::parse(timeline, &other)) {
+                (Ok(ours), Ok(theirs)) => parting(&ours, &theirs),
+                _ => Lsn::ZERO,
+            };
+            return Err(ArchiveError::OtherHistory { timeline: timeline.get(), at });
+        }
+        Ok(())
+    }
+
     pub(super) async fn history(
         &self,
         connection: &mut ReplicationConnection,
@@ -310,6 +386,7 @@ impl Live {
         last: TimelineId,
     ) -> Result<(), ArchiveError> {
         let Some(chain) = self.history(connection, last).await? else { return Ok(()) };
+        let mut answering: Vec<Archive> = self.archives.iter().map(|(archive, _)| archive.clone()).collect();
         let timelines = chain.ancestors().iter().map(|ancestor| ancestor.timeline).chain([last]);
         for timeline in timelines.filter(|timeline| *timeline != TimelineId::FIRST && *timeline <= last) {
             if self.histories_spooled.contains(&timeline) {
@@ -317,6 +394,7 @@ impl Live {
             }
             match connection.timeline_history(timeline).await? {
                 Some(content) => {
+                    self.refuse_other_history(timeline, &content, &mut answering).await?;
                     let name = self.spool.write_small(Spool::history(timeline), &content)?;
                     self.backlog.insert(&[small_entry(&name, &content)]);
                     self.histories_spooled.insert(timeline);
@@ -411,6 +489,7 @@ impl Live {
             old_open,
         );
         self.board.set_connected();
+        self.streaming.send_replace(Some(Streaming { host: self.host, timeline: start.timeline }));
         self.board.clear(CauseCode::SlotMissing);
         self.board.clear(CauseCode::SpoolFailing);
         tracing::info!(event = "connected", timeline = start.timeline.get(), %position, held_to = %start.held_end, "streaming");

@@ -12,9 +12,12 @@
 mod archiver;
 mod assembler;
 mod backlog;
+mod divergence;
 mod error;
 mod gap;
 mod held;
+mod hosts;
+mod identity;
 mod live;
 mod receiver;
 mod sealer;

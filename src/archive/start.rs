@@ -5,6 +5,7 @@ use super::assembler::AssemblerSettings;
 use super::held::{Held, HeldBytes, HeldPart};
 use super::live::{Live, Way};
 use crate::postgres::{ReplicationConnection, SystemInfo};
+use crate::spool::Spool;
 use crate::telemetry::CauseCode;
 use crate::wal::{Indexer, IndexerStart, Lsn, PAGE_SIZE, PgTime, SegmentName, TimelineId};
 
@@ -53,20 +54,25 @@ impl Live {
         &self,
         connection: &mut ReplicationConnection,
         info: &SystemInfo,
-        held: Held,
+        mut held: Held,
         settings: &AssemblerSettings,
     ) -> Result<Start, ArchiveError> {
         let other_branch = || ArchiveError::OtherBranch { server: info.timeline.get(), held: held.timeline.get() };
         if info.timeline < held.timeline {
-            return Err(ArchiveError::Behind { server: info.flush_lsn, held: held.end });
+            let (server, held) = (info.timeline.get(), held.timeline.get());
+            return Err(ArchiveError::OlderTimeline { server, held });
         }
         if info.timeline == held.timeline {
             // A part that was closed by a switch is not gone on with by the server that was left behind; one that was closed because
             // WAL behind it was lost is built again, if the server has it after all.
             let left_behind = held.closed && self.histories_spooled.iter().any(|newer| *newer > held.timeline);
-            if left_behind || info.flush_lsn < held.end {
+            if left_behind {
                 return Err(ArchiveError::Behind { server: info.flush_lsn, held: held.end });
             }
+            if info.flush_lsn < held.end {
+                return Err(self.judge_behind(&held, info.flush_lsn).await);
+            }
+            self.forget_archived(held.timeline).await;
             if let Some(segment) = self.missing.first(held.timeline).filter(|segment| segment.end() <= held.sealed_end)
             {
                 tracing::warn!(%segment, "fetching a lost segment again");
@@ -75,16 +81,34 @@ impl Live {
             return Ok(self.start_after(held));
         }
         let history = self.history(connection, info.timeline).await?.ok_or_else(other_branch)?;
-        let Some((_, Some(switch))) = history.range_of(held.timeline) else { return Err(other_branch()) };
+        let Some((_, Some(switch))) = history.range_of(held.timeline) else {
+            // A copy that was restored and promoted elsewhere: what is held of the branch that it left is gone on with.
+            let common = self.newest_common(&history).await?;
+            let (ancestor, switch) = common.ok_or_else(other_branch)?;
+            let next = history.timeline_at(switch);
+            tracing::warn!(held = %held.timeline, from = %ancestor, to = %next, at = %switch, "the server is on another branch");
+            return Ok(self.start_on_branch(ancestor, switch, next).await);
+        };
         if held.end < switch {
             return Ok(self.start_after(held));
         }
         let next = history.timeline_at(switch);
         tracing::info!(event = "timeline_changed", from = held.timeline.get(), to = next.get(), at = %switch, "the timeline changes");
         if !held.closed {
-            self.seal_partial(settings, &held, switch).await?;
+            // Behind the switch it is no history of the server's, but what is held stays, and readers cut it off.
+            self.seal_partial(settings, &held, held.end).await?;
+            if let Some(part) = held.parts.last_mut()
+                && let HeldPart::Open { start, end, .. } = *part
+            {
+                let segment = SegmentName::holding(held.timeline, start, self.segment_size);
+                let name = Spool::timeline_end(segment, end.bytes_since(start), settings.compression);
+                *part = HeldPart::Spooled { start, end, name };
+            }
         }
         let position = self.segment_size.start_of(switch);
+        if position < held.sealed_end {
+            return Ok(self.start_on_branch(held.timeline, switch, next).await);
+        }
         Ok(Start {
             timeline: next,
             position,
@@ -95,6 +119,26 @@ impl Live {
             max_time: held.max_time,
             open_record: held.open_record.filter(|record| *record < position),
         })
+    }
+
+    /// At the segment with the switch, on the timeline that begins there. The bytes before the switch are compared where they are
+    /// held, which may be a repository.
+    async fn start_on_branch(&self, ancestor: TimelineId, switch: Lsn, next: TimelineId) -> Start {
+        let position = self.segment_size.start_of(switch);
+        let segment = SegmentName::holding(ancestor, position, self.segment_size);
+        let parts = self.held_segment(segment, &[]).await.map(|held| held.parts).unwrap_or_default();
+        let is_whole = parts.last().is_some_and(|part| part.end() >= switch);
+        let (max_time, open_record) = self.before(ancestor, position).await;
+        Start {
+            timeline: next,
+            position,
+            without_overlap: position,
+            sealed_until: position,
+            held_end: switch,
+            parts: if is_whole { parts } else { Vec::new() },
+            max_time,
+            open_record: open_record.filter(|record| *record < position),
+        }
     }
 
     fn start_after(&self, held: Held) -> Start {

@@ -199,9 +199,9 @@ impl Uploader {
 
     /// Another cluster under the name is looked for before the first write: at the start the store may not have answered (I6).
     async fn refuse_other_cluster(&self) -> Result<(), RepositoryError> {
-        let systems = self.archive.repository().systems().await?;
-        if let Some(other) = systems.into_iter().find(|other| *other != self.system) {
-            let error = ArchiveError::OtherCluster { found: self.system, expected: other };
+        let succession = self.archive.repository().succession().await?;
+        if let Some(expected) = succession.kept_by(self.system) {
+            let error = ArchiveError::OtherCluster { found: self.system, expected };
             self.board.raise(CauseCode::OtherCluster, format!("{}; {}", error.describe(), error.hint()));
             self.halt.stop(error);
         }

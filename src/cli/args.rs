@@ -122,6 +122,14 @@ end of the WAL.
 Example:
   restore_command = '/usr/bin/walden --config /etc/walden/walden.toml wal-fetch %f %p'")]
     WalFetch(WalFetchArgs),
+    /// Let a new cluster archive under a name that another one used
+    #[command(after_help = "\
+After initdb or pg_upgrade a cluster has another system identifier, and `walden run` refuses it under the old name. What was \
+archived stays and can be restored with `--system-identifier`; the old cluster is refused from then on. Its agent must be stopped.
+
+Example:
+  walden adopt --system-identifier 7564093612785409013")]
+    Adopt(AdoptArgs),
     /// Print a script that lets your shell complete commands and flags
     #[command(after_help = "\
 Examples:
@@ -132,6 +140,13 @@ Examples:
     /// Print the manual page
     #[command(after_help = "Examples:\n  walden man | man -l -\n  walden man > /usr/local/share/man/man1/walden.1")]
     Man(ManArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct AdoptArgs {
+    /// The new cluster's, as `pg_controldata` and the refusal show it
+    #[arg(long, value_name = "N")]
+    pub system_identifier: SystemIdentifier,
 }
 
 #[derive(Debug, Args)]

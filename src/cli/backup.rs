@@ -12,7 +12,6 @@ use crate::archive::{ArchiveError, Archiver};
 use crate::base_backup::{self, Progress, Stage};
 use crate::config::Settings;
 use crate::daemon::{self, backups};
-use crate::failure::NextStep;
 use crate::postgres::ReplicationConnection;
 use crate::repository::BackupJson;
 use crate::spool::SpoolError;
@@ -85,7 +84,7 @@ async fn take(
             None
         }
         Err(error) => {
-            let code = if error.next_step() == NextStep::Stop { exit::REFUSED } else { exit::FAILED };
+            let code = if error.is_refusal() { exit::REFUSED } else { exit::FAILED };
             return Err(CliError::new(code, error.describe(), error.hint()));
         }
     };

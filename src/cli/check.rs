@@ -6,6 +6,7 @@
 
 mod agent;
 mod folders;
+mod hosts;
 mod port;
 mod report;
 mod repository;
@@ -52,9 +53,11 @@ async fn examine(settings: &Settings) -> Report {
     // At the same time, so that somebody waits for the slowest and not for all of them.
     let begin = settings.repositories.iter().map(|each| Look::begin(settings, each));
     let (server, looks) = tokio::join!(server::examine(settings, &agent, &mut report), join_all(begin));
-    folders::examine(settings, &agent, server.system, &mut report);
+    let looks = join_all(looks.into_iter().map(|look| look.finish(&agent, server.system))).await;
+    let adopted = looks.iter().any(|seen| seen.adopted);
+    folders::examine(settings, &agent, server.system, adopted, &mut report);
     let mut skews = Vec::new();
-    for seen in join_all(looks.into_iter().map(|look| look.finish(&agent, server.system))).await {
+    for seen in looks {
         report.checks.extend(seen.checks);
         skews.extend(seen.skew_seconds.map(|skew| (format!("repository {}", seen.name), skew)));
     }

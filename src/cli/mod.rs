@@ -11,6 +11,7 @@ pub mod wal_fetch;
 
 pub mod deliver;
 
+mod adopt;
 mod backup;
 mod check;
 mod http;
@@ -72,6 +73,7 @@ fn dispatch(cli: &Cli, output: &Output) -> Result<u8, CliError> {
         Command::List(args) => list::run(&settings, output, args),
         Command::Restore(args) => restore::run(&settings, output, args),
         Command::RecoveryConf(args) => recovery_conf::run(&settings, output, args),
+        Command::Adopt(args) => adopt::run(&settings, output, args),
         Command::WalFetch(_) | Command::Completions(_) | Command::Man(_) => Ok(exit::FAILED), // returned above
     }
 }

@@ -18,7 +18,6 @@ use tokio_util::sync::CancellationToken;
 
 use crate::archive::{ArchiveError, Archiver, ArchiverSettings, LiveSettings, SpoolBounds};
 use crate::config::{BackupSettings, Durability, Settings};
-use crate::failure::NextStep;
 use crate::monitor::{Monitor, MonitorError};
 use crate::postgres::ConnectSettings;
 use crate::storage::Backoff;
@@ -61,7 +60,7 @@ impl DaemonError {
         match self {
             Self::Postgres(_) | Self::Store(_) | Self::Repository(_) => 2,
             Self::Archive(ArchiveError::NoConditions { .. }) => 2,
-            Self::Archive(e) if e.next_step() == NextStep::Stop => 4,
+            Self::Archive(e) if e.is_refusal() => 4,
             Self::Archive(_) => 1,
         }
     }
@@ -169,7 +168,7 @@ async fn archive(
         match Archiver::start(plan.clone(), targets.clone(), board.clone(), shutdown.clone()).await {
             Ok(archiver) => break archiver,
             Err(ArchiveError::Stopping) => return Ok(()),
-            Err(error) if error.next_step() == NextStep::Stop => return Err(error.into()),
+            Err(error) if error.is_refusal() => return Err(error.into()),
             Err(error) => board.raise(CauseCode::SpoolFailing, format!("{}; {}", error.describe(), error.hint())),
         }
         tokio::select! {

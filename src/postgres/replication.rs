@@ -80,6 +80,11 @@ impl ReplicationConnection {
         found
     }
 
+    /// Connects to the host numbered `index` alone, primary or standby, whatever `target_session_attrs` asks for.
+    pub async fn connect_to_any(settings: &ConnectSettings, index: usize) -> Result<Self, PostgresError> {
+        Self::connect_as(&settings.only_host(index), SessionAttributes::Any).await
+    }
+
     async fn connect_as(settings: &ConnectSettings, wanted: SessionAttributes) -> Result<Self, PostgresError> {
         let mut last = None;
         for (index, host) in settings.hosts.iter().enumerate() {

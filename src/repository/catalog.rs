@@ -221,7 +221,11 @@ impl CatalogBuilder {
             ParsedKey::History { timeline } => {
                 self.catalog.timelines.entry(timeline).or_default();
             }
-            ParsedKey::BackupObject { .. } | ParsedKey::Gap { .. } | ParsedKey::Coverage | ParsedKey::Lease => {}
+            ParsedKey::BackupObject { .. }
+            | ParsedKey::Gap { .. }
+            | ParsedKey::Coverage
+            | ParsedKey::Lease
+            | ParsedKey::Adopted => {}
             ParsedKey::Foreign => self.complain(&object.key, "it is not an object of Walden"),
         }
     }

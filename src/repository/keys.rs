@@ -121,6 +121,10 @@ impl Keys {
     pub fn lease(&self) -> String {
         format!("{}lease.json", self.root)
     }
+
+    pub fn adopted(&self) -> String {
+        format!("{}adopted.json", self.root)
+    }
 }
 
 /// What a key names. Whatever does not follow the grammar to the letter is `Foreign`: reported, never touched.
@@ -133,6 +137,7 @@ pub enum ParsedKey {
     Gap { timeline: TimelineId, from: Lsn, to: Lsn },
     Coverage,
     Lease,
+    Adopted,
     Foreign,
 }
 
@@ -146,6 +151,7 @@ impl ParsedKey {
         match rest {
             "coverage.json" => return Some(Self::Coverage),
             "lease.json" => return Some(Self::Lease),
+            "adopted.json" => return Some(Self::Adopted),
             _ => {}
         }
         let (folder, rest) = rest.split_once('/')?;
@@ -254,6 +260,7 @@ mod tests {
             (keys.gap(timeline, from, to), ParsedKey::Gap { timeline, from, to }),
             (keys.coverage(), ParsedKey::Coverage),
             (keys.lease(), ParsedKey::Lease),
+            (keys.adopted(), ParsedKey::Adopted),
         ];
         for (key, expected) in table {
             assert_eq!(ParsedKey::parse(&keys, &key, SIZE), expected, "{key}");

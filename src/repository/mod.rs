@@ -9,6 +9,7 @@
 //! - Every object says what it is, and that is compared with its key on each read (I6).
 //! - There is no index object: the catalog is made from listings, each time anew.
 
+mod adopted;
 mod backup_writer;
 mod branch;
 mod catalog;
@@ -32,6 +33,7 @@ pub(crate) mod test_support {
 
 use std::sync::Arc;
 
+pub use adopted::{Adopted, Succession};
 pub use backup_writer::BackupWriter;
 pub use branch::{Held, Stretch, StretchPart, WalObject, WalObjectKind};
 pub use catalog::{Catalog, CatalogBuilder, ObjectComplaint, SegmentRun, TimelineWal, Window};

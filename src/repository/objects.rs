@@ -111,7 +111,7 @@ impl ObjectProblem {
 
 /// Reads a JSON object whose `format` is one that this release knows. The format is looked at first, so that a later
 /// release's object is never half understood.
-fn parse_json<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ObjectProblem> {
+pub(super) fn parse_json<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ObjectProblem> {
     #[derive(Deserialize)]
     struct Version {
         format: u32,
@@ -125,7 +125,7 @@ fn parse_json<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ObjectProblem> {
     }
 }
 
-fn to_json<T: Serialize>(value: &T) -> Vec<u8> {
+pub(super) fn to_json<T: Serialize>(value: &T) -> Vec<u8> {
     let mut json = serde_json::to_vec_pretty(value).expect("plain data serialises");
     json.push(b'\n');
     json

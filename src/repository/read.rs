@@ -282,7 +282,7 @@ impl Archive {
         Ok(gap)
     }
 
-    fn check_system(&self, key: &str, found: crate::wal::SystemIdentifier) -> Result<(), RepositoryError> {
+    pub(super) fn check_system(&self, key: &str, found: crate::wal::SystemIdentifier) -> Result<(), RepositoryError> {
         if found == self.system() {
             return Ok(());
         }

@@ -348,6 +348,20 @@ impl Spool {
         Ok(aside)
     }
 
+    /// Whole segments that were ever set aside, by their names.
+    pub fn quarantined(&self, size: SegmentSize) -> Result<Vec<SegmentName>, SpoolError> {
+        let names = files_below(&self.folder.join("quarantine"), 0)?;
+        let segment = |path: &PathBuf| {
+            let name = path.file_name()?.to_str()?;
+            let is_whole = name.as_bytes().get(24) == Some(&b'.');
+            SegmentName::parse(name.get(..24).filter(|_| is_whole)?, size).ok()
+        };
+        let mut segments: Vec<SegmentName> = names.iter().filter_map(segment).collect();
+        segments.sort_unstable();
+        segments.dedup();
+        Ok(segments)
+    }
+
     /// Lists the spool by names and sizes. Links, devices and unknown names are foreign.
     pub fn contents(&self, size: SegmentSize) -> Result<SpoolContents, SpoolError> {
         let mut contents = SpoolContents::default();

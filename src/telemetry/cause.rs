@@ -31,7 +31,7 @@ pub enum CauseCode {
 }
 
 impl CauseCode {
-    pub const ALL: [CauseCode; 22] = [
+    pub const ALL: [CauseCode; 23] = [
         Self::NotConnected,
         Self::NoSql,
         Self::SlotMissing,

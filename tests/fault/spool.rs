@@ -62,10 +62,11 @@ fn flip(path: &Path) {
 }
 
 /// With the store down, sealed segments in the spool are damaged: flipped, cut short. They are never uploaded. As long as the server
-/// has them they come from it once more; when it has not, they are a recorded gap (I3, I13; D4 of the failure table).
+/// has them they come from it once more, also if the agent died after it had set them aside and before they had come; when it has
+/// not, they are a recorded gap (I3, I13; D4 of the failure table).
 #[test]
 fn damaged_spooled_segments_are_fetched_again_or_told_as_a_gap() {
-    for server_has_them in [true, false] {
+    for (server_has_them, crashed) in [(true, false), (false, false), (true, true)] {
         let stage = Stage::new("damage");
         let builder = Postgres::builder(17).wal_segsize(1);
         let builder = if server_has_them {
@@ -93,6 +94,13 @@ fn damaged_spooled_segments_are_fetched_again_or_told_as_a_gap() {
         flip(&spooled[2]);
         let cut = fs::File::options().write(true).open(&spooled[4]).expect("a spooled file");
         cut.set_len(cut.metadata().expect("its size").len() / 2).expect("shorter");
+        if crashed {
+            let quarantine = cluster_folder(&walden.spool(), "main", &postgres).join("quarantine");
+            for (n, path) in [&spooled[2], &spooled[4]].into_iter().enumerate() {
+                let name = path.file_name().expect("a name").to_string_lossy();
+                fs::rename(path, quarantine.join(format!("{name}.{n:032x}"))).expect("set aside");
+            }
+        }
         let on_server = |segment: &String| postgres.data.join("pg_wal").join(segment).exists();
         if !server_has_them {
             wait_until(MINUTE, "the server to recycle what the slot does not hold", || {
@@ -122,6 +130,12 @@ fn damaged_spooled_segments_are_fetched_again_or_told_as_a_gap() {
             assert_eq!(files_below(&folder.join("gaps")).len(), 2);
             assert!(damaged.iter().all(|segment| !stored_segments(&folder).contains_key(segment)));
         }
+        // What was settled is not begun again.
+        assert!(agent.sigterm(MINUTE).success(), "{}", agent.log_tail());
+        let mut agent = walden.run_connected();
+        archive_all(&postgres, &mut agent);
+        assert!(!agent.log().contains("fetching a lost segment again"), "{}", agent.log());
+        assert_eq!(files_below(&folder.join("gaps")).len(), if server_has_them { 0 } else { 2 });
         let quarantined =
             files_below(&walden.spool()).into_iter().filter(|path| path.to_string_lossy().contains("quarantine"));
         assert_eq!(quarantined.count(), 2);

@@ -3,9 +3,12 @@
 mod by_hand;
 mod check;
 mod first_use;
+mod hosts;
 mod house;
 mod pages;
 mod refusals;
+mod identity;
+mod lease;
 pub mod restore;
 mod shipping;
 pub mod streaming;

@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use walden::wal::{Lsn, SegmentName, TimelineId};
 
+use super::restore::restore;
 use super::streaming::archive_all;
+use crate::support::ledger::{Entry, assert_rows};
 use crate::support::oracle::{cluster_folder, compare_stored, decompress, files_below};
 use crate::support::{Ledger, Postgres, Recorder, Stage, Walden, has_cause, wait_until};
 
@@ -127,4 +129,175 @@ fn a_rolled_back_copy_is_refused() {
     assert!(agent.is_running());
     agent.sigterm(MINUTE);
     assert_eq!(before, content(), "the repository was changed");
+}
+
+/// Restarts a server as a standby without a primary, and promotes it: it goes on on a timeline of its own.
+#[track_caller]
+fn promote_in_place(postgres: &mut Postgres) {
+    postgres.stop_fast();
+    fs::write(postgres.data.join("standby.signal"), "").expect("standby.signal");
+    postgres.stage().give(&postgres.data.join("standby.signal"));
+    // Else it would look for the way to the newest timeline of which it has a history file.
+    postgres.overrides = vec!["recovery_target_timeline=current".into()];
+    postgres.start();
+    postgres.psql("SELECT pg_promote()");
+    postgres.wait_promoted(MINUTE);
+}
+
+fn timeline_of(postgres: &Postgres) -> u32 {
+    let name = postgres.value("SELECT pg_walfile_name(pg_current_wal_insert_lsn())");
+    u32::from_str_radix(&name[..8], 16).expect("a timeline")
+}
+
+/// Three promotions in a row, one number skipped between them, with the agent beside the server or away, under load. Archiving began
+/// on timeline 2: the history from before is stored as well. Every timeline's segments are the server's own, each commit of each
+/// branch's part can be reached, and the newest state too (I10; A5 and A6 of the failure table).
+#[test]
+fn several_promotions_in_a_row_with_skipped_numbers_are_followed() {
+    for (major, away) in [(17, false), (15, true)] {
+        let stage = Stage::new("promotions");
+        let mut postgres = Postgres::builder(major).wal_segsize(1).start(&stage);
+        promote_in_place(&mut postgres);
+        let walden = Walden::local(&stage, &postgres, "[archive]\ntail_interval = \"200ms\"\n");
+        let mut agent = walden.run_connected();
+        let mut ledger = Ledger::create(&postgres);
+        ledger.commit_many(3);
+        walden.ok(&["backup"]);
+        let mut rows: Vec<Entry> = ledger.entries().to_vec();
+        drop(ledger);
+        archive_all(&postgres, &mut agent);
+        if away {
+            agent.kill9();
+        }
+        let mut ends = Vec::new();
+        for skipped in [false, true, false] {
+            let recorder = Recorder::start(&postgres);
+            wait_until(MINUTE, "rows on this timeline", || recorder.entries().len() > 20);
+            let (entries, doubtful) = recorder.stop();
+            assert!(doubtful.is_empty());
+            rows.extend(entries);
+            ends.push((timeline_of(&postgres), rows.len()));
+            if skipped {
+                // A server in recovery takes the number after the highest history file that it finds.
+                let last = timeline_of(&postgres);
+                let name = format!("{:08X}.history", last + 1);
+                let made_up = format!("{last}\t0/1000000\tof another server\n");
+                let path = postgres.data.join("pg_wal").join(&name);
+                fs::write(&path, made_up).expect("a history file");
+                stage.give(&path);
+                promote_in_place(&mut postgres);
+                assert_eq!(timeline_of(&postgres), last + 2);
+            } else {
+                promote_in_place(&mut postgres);
+            }
+        }
+        if away {
+            agent = walden.run();
+        }
+        let mut ledger = Ledger::create(&postgres);
+        rows.extend(ledger.commit_many(5));
+        drop(ledger);
+        let newest = timeline_of(&postgres);
+        assert_eq!(newest, 6);
+        agent.wait_status(MINUTE, "the newest timeline", |status| status["timeline"] == newest);
+        archive_all(&postgres, &mut agent);
+        let status = agent.wait_status(MINUTE, "healthy", |status| status["healthy"] == true);
+        assert_eq!(status["gaps"].as_array().map(Vec::len), Some(0), "{status}");
+
+        let folder = cluster_folder(&walden.repository(), "main", &postgres);
+        compare_stored(&folder, &postgres.oracle).assert_whole(4);
+        for timeline in [2, 3, 5, 6] {
+            let name = format!("{timeline:08X}.history");
+            let stored = fs::read(folder.join("wal").join(&name)).expect("the history is stored");
+            assert_eq!(stored, fs::read(postgres.data.join("pg_wal").join(&name)).expect("the server's"), "{name}");
+        }
+        assert!(!folder.join("wal/00000004.history").exists(), "nobody was ever on timeline 4");
+        assert!(agent.sigterm(MINUTE).success(), "{}", agent.log_tail());
+
+        // The end of each timeline's part, and the newest state.
+        for (timeline, count) in &ends {
+            let lsn = rows[count - 1].lsn.to_string();
+            let name = format!("on-{timeline}");
+            let restored = restore(&walden, major, &name, &["--timeline", &timeline.to_string(), "--target-lsn", &lsn]);
+            assert_rows(&restored, &rows[..*count]);
+        }
+        let restored = restore(&walden, major, "newest", &[]);
+        assert_rows(&restored, &rows);
+    }
+}
+
+/// A copy is restored to a moment in the past and takes the first server's place: its timeline leaves the old one long before the end
+/// of what is held. The agent, with the old spool or with none, follows it from there; both branches stay, and each is restored
+/// (I7, I10; A5 of the failure table).
+#[test]
+fn a_restored_copy_is_followed_and_both_branches_can_be_restored() {
+    for (major, fresh) in [(17, false), (15, true)] {
+        let stage = Stage::new("branches");
+        let mut postgres = Postgres::builder(major).wal_segsize(1).start(&stage);
+        let walden = Walden::local(&stage, &postgres, "[archive]\ntail_interval = \"200ms\"\n");
+        let mut agent = walden.run_connected();
+        let mut ledger = Ledger::create(&postgres);
+        ledger.commit_many(5);
+        walden.ok(&["backup"]);
+        ledger.commit_many(5);
+        let kept = ledger.entries().to_vec();
+        for _ in 0..3 {
+            ledger.commit_many(5);
+            archive_all(&postgres, &mut agent);
+        }
+        let last = ledger.commit().lsn;
+        let old: Vec<Entry> = ledger.entries().to_vec();
+        drop(ledger);
+        agent.wait_archived(last, MINUTE);
+        assert!(agent.sigterm(MINUTE).success(), "{}", agent.log_tail());
+        postgres.stop_fast();
+
+        let target = kept.last().expect("ten").lsn.to_string();
+        let copy = restore(&walden, major, "copy", &["--target-lsn", &target]);
+        assert_rows(&copy, &kept);
+        assert_eq!(timeline_of(&copy), 2);
+        let config = fs::read_to_string(walden.config_path()).expect("the configuration");
+        let config = config.replace(&postgres.socket_url(), &copy.socket_url());
+        if fresh {
+            fs::remove_dir_all(walden.spool()).expect("the spool is there");
+            fs::remove_dir_all(walden.state()).expect("the state is there");
+        }
+        let walden = Walden::with_config(&stage, &config);
+        let mut agent = walden.run();
+        agent.wait_status(MINUTE, "the copy's timeline", |status| status["timeline"] == 2);
+        let mut ledger = Ledger::create(&copy);
+        let mut new = kept.clone();
+        new.extend(ledger.commit_many(10));
+        drop(ledger);
+        let end = copy.switch_wal();
+        agent.wait_archived(end, MINUTE);
+        let status = agent.wait_status(MINUTE, "healthy", |status| status["healthy"] == true);
+        assert_eq!(status["gaps"].as_array().map(Vec::len), Some(0), "{status}");
+        let old_folder = cluster_folder(&walden.repository(), "main", &copy);
+        compare_stored(&old_folder, &postgres.oracle).assert_whole(3);
+
+        assert_rows(&restore(&walden, major, "old", &["--timeline", "1"]), &old);
+        assert_rows(&restore(&walden, major, "new", &[]), &new);
+        let middle = new[kept.len() + 4].lsn.to_string();
+        let restored = restore(&walden, major, "middle", &["--timeline", "2", "--target-lsn", &middle]);
+        assert_rows(&restored, &new[..=kept.len() + 4]);
+
+        // A second copy of the same backup, which leaves the first timeline elsewhere: another branch beside the other two.
+        let early = kept[6].lsn.to_string();
+        let third = restore(&walden, major, "third", &["--timeline", "1", "--target-lsn", &early]);
+        let number = timeline_of(&third);
+        assert!(number > 2, "timeline 2 is taken");
+        let mut ledger = Ledger::create(&third);
+        let mut rows = kept[..=6].to_vec();
+        rows.extend(ledger.commit_many(3));
+        drop(ledger);
+        assert!(agent.sigterm(MINUTE).success(), "{}", agent.log_tail());
+        let walden = Walden::with_config(&stage, &config.replace(&copy.socket_url(), &third.socket_url()));
+        let mut agent = walden.run();
+        agent.wait_status(MINUTE, "the third branch", |status| status["timeline"] == number);
+        let end = third.switch_wal();
+        agent.wait_archived(end, MINUTE);
+        assert_rows(&restore(&walden, major, "third-again", &[]), &rows);
+        assert_rows(&restore(&walden, major, "new-again", &["--timeline", "2"]), &new);
+    }
 }

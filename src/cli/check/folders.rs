@@ -15,9 +15,17 @@ use crate::disk::Disk;
 use crate::spool::Spool;
 use crate::wal::SystemIdentifier;
 
-pub fn examine(settings: &Settings, agent: &Agent, system: Option<SystemIdentifier>, report: &mut Report) {
+pub fn examine(
+    settings: &Settings,
+    agent: &Agent,
+    system: Option<SystemIdentifier>,
+    adopted: bool,
+    report: &mut Report,
+) {
     spool(settings, agent, report);
-    other_cluster(settings, system, report);
+    if !adopted {
+        other_cluster(settings, system, report);
+    }
     let path = &settings.state.path;
     report.add(match writable(path) {
         Ok(found) => Check::good("state", found.message(path)),
@@ -62,16 +70,18 @@ fn spool(settings: &Settings, agent: &Agent, report: &mut Report) {
     });
 }
 
-/// A spool of another cluster under this name stops the agent once it is connected.
+/// A spool of another cluster alone under this name makes `run` refuse.
 fn other_cluster(settings: &Settings, system: Option<SystemIdentifier>, report: &mut Report) {
     let Some(system) = system else { return };
     let Ok(known) = Spool::known_systems(&settings.spool.path, &settings.archive.cluster) else { return };
-    if let Some(other) = known.iter().find(|known| **known != system) {
+    if let Some(other) = known.first().filter(|_| !known.contains(&system)) {
         let message = format!("the spool holds WAL of system {other}, and the server is {system}");
         report.add(Check::failed(
             "spool.identity",
             message,
-            "correct postgres.url, or give this cluster its own archive.cluster or spool.path",
+            format!(
+                "correct postgres.url, or give this cluster its own archive.cluster; if it has replaced the other one: walden adopt --system-identifier {system}"
+            ),
         ));
     }
 }

@@ -30,6 +30,8 @@ pub struct Seen {
     pub checks: Vec<Check>,
     /// Its clock minus this host's, where it tells it.
     pub skew_seconds: Option<f64>,
+    /// The server's system was adopted there.
+    pub adopted: bool,
 }
 
 /// A repository that is being looked at, in two steps: the first needs nothing but the store.
@@ -40,13 +42,15 @@ pub struct Look<'a> {
     target: Option<Target>,
     /// The folder of a local one that was not there before, and shall not be there afterwards.
     made: Option<&'a Path>,
+    /// The server's system was adopted there.
+    adopted: bool,
 }
 
 impl<'a> Look<'a> {
     /// Writes, reads and deletes, and tries out what the store honours.
     pub async fn begin(settings: &Settings, repository: &'a RepositorySettings) -> Self {
         let made = missing_root(repository);
-        let mut look = Self { name: repository.name.clone(), checks: Vec::new(), target: None, made };
+        let mut look = Self { name: repository.name.clone(), checks: Vec::new(), target: None, made, adopted: false };
         match open(settings, repository).await {
             Ok(target) => {
                 let key = Keys::check_object(&settings.archive.cluster, Uuid::new_v4());
@@ -73,7 +77,7 @@ impl<'a> Look<'a> {
             }
             skew_seconds = target.store.clock_skew_seconds();
         }
-        Seen { name: self.name, checks: self.checks, skew_seconds }
+        Seen { name: self.name, checks: self.checks, skew_seconds, adopted: self.adopted }
     }
 
     fn named(&self, what: &str) -> String {
@@ -118,12 +122,20 @@ impl<'a> Look<'a> {
         server: Option<SystemIdentifier>,
     ) -> Result<(), RepositoryError> {
         if self.made.is_some() {
-            self.checks.push(judge_identity(self.named("identity"), &[], server));
+            self.checks.push(judge_identity(self.named("identity"), &[], server, true));
             self.checks.push(Check::remark(self.named("restore"), NO_BACKUP, NO_BACKUP_HINT));
             return Ok(());
         }
         let systems = target.repository.systems().await?;
-        self.checks.push(judge_identity(self.named("identity"), &systems, server));
+        let may = match server {
+            Some(server) => {
+                let succession = target.repository.succession().await?;
+                self.adopted = target.repository.bind(server).adopted().await?.is_some();
+                succession.kept_by(server).is_none()
+            }
+            None => false,
+        };
+        self.checks.push(judge_identity(self.named("identity"), &systems, server, may));
         let Some(system) = server.or_else(|| systems.first().copied()) else { return Ok(()) };
         let archive = target.repository.bind(system);
         let lease = archive.lease().await?;
@@ -221,17 +233,22 @@ fn judge_abilities(name: String, abilities: Abilities, single_writer: bool, url:
     Check::remark(name, message, hint)
 }
 
-/// Another cluster's WAL under the name makes `run` refuse.
-fn judge_identity(name: String, systems: &[SystemIdentifier], server: Option<SystemIdentifier>) -> Check {
+/// Another cluster's WAL under the name makes `run` refuse, unless the server's was adopted (`may`).
+fn judge_identity(name: String, systems: &[SystemIdentifier], server: Option<SystemIdentifier>, may: bool) -> Check {
     let list = systems.iter().map(SystemIdentifier::to_string).collect::<Vec<_>>().join(", ");
     match server {
         _ if systems.is_empty() => Check::good(name, "nothing is archived under this name yet"),
         None => Check::good(name, format!("it holds system {list}; which one the server is, is not known")),
         Some(server) if systems == [server] => Check::good(name, format!("it holds this server's system {server}")),
+        Some(server) if may => {
+            Check::good(name, format!("it holds system {list}; the server's, {server}, was adopted"))
+        }
         Some(server) => Check::failed(
             name,
             format!("it holds system {list} under this name, and the server is {server}"),
-            "correct postgres.url, or give this cluster its own archive.cluster",
+            format!(
+                "correct postgres.url, or give this cluster its own archive.cluster; if it has replaced the other one: walden adopt --system-identifier {server}"
+            ),
         ),
     }
 }
@@ -309,7 +326,7 @@ mod tests {
     fn another_system_under_the_name_fails() {
         let judged = |systems: &[u64], server: Option<u64>| {
             let systems: Vec<_> = systems.iter().map(|number| system(*number)).collect();
-            judge_identity("i".into(), &systems, server.map(system)).verdict
+            judge_identity("i".into(), &systems, server.map(system), false).verdict
         };
         assert_eq!(judged(&[], Some(7)), Verdict::Good);
         assert_eq!(judged(&[7], Some(7)), Verdict::Good);

@@ -128,6 +128,7 @@ async fn ask(
     let state = Some(connection.read_slot(&settings.postgres.slot).await?);
     let system = seen.system;
     report.add(slot::judge(settings, &slot::Seen { state, info: told.slot, places: told.places, agent, system }));
+    report.checks.extend(super::hosts::examine(settings, connect, connection.host_index(), &info).await);
     report.add(sender_timeout(&connection.show("wal_sender_timeout").await?, settings.postgres.status_interval));
     report.checks.extend(synchronous(settings, &connection.show("synchronous_standby_names").await?));
     Ok(())

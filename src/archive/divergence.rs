@@ -1,0 +1,283 @@
+//! Is the server's WAL the one that is held? Segments compared on a connection of their own, beside the stream: for a server that is
+//! behind what is held, for one that went on elsewhere, and to find where two histories part (I6, I7).
+
+use std::time::Duration;
+
+use super::ArchiveError;
+use super::held::{Held, HeldBytes, HeldPart};
+use super::live::Live;
+use crate::postgres::{ReplicationConnection, StartOutcome, WalMessage};
+use crate::repository::{PieceChain, WalObject, WalObjectKind};
+use crate::seal::Compression;
+use crate::spool::Spool;
+use crate::storage::StorageError;
+use crate::wal::{Lsn, PgTime, SegmentName, TimelineHistory, TimelineId};
+
+/// For the comparison of one segment; a large one that takes longer is told as unknown.
+const COMPARE_LIMIT: Duration = Duration::from_secs(60);
+/// For the search of the first difference: an alarm must not wait for it longer than that.
+const SEARCH_LIMIT: Duration = Duration::from_secs(10);
+/// How long a store may take to say what it holds of a segment.
+const ASK_LIMIT: Duration = Duration::from_secs(15);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Compared {
+    Equal,
+    /// From here on.
+    Differs(Lsn),
+    /// Nobody holds it here, or the server does not have it any more.
+    Unknown,
+}
+
+/// What is held of a segment, and what the one before it knew.
+pub(super) struct HeldSegment {
+    pub parts: Vec<HeldPart>,
+    /// Everything from the segment's start to here is held.
+    pub end: Lsn,
+}
+
+impl Live {
+    /// Compares what the server has of a segment, up to `until`, with what is held of it.
+    pub(super) async fn compare_segment(
+        &self,
+        segment: SegmentName,
+        until: Lsn,
+        parts: &[HeldPart],
+    ) -> Result<Compared, ArchiveError> {
+        let held = self.held_segment(segment, parts).await?;
+        let until = until.min(held.end);
+        if until <= segment.start() {
+            return Ok(Compared::Unknown);
+        }
+        let compared = tokio::time::timeout(COMPARE_LIMIT, self.compare_with_server(segment, until, held.parts));
+        let compared = tokio::select! {
+            compared = compared => compared,
+            () = self.shutdown.cancelled() => return Err(ArchiveError::Stopping),
+        };
+        match compared {
+            Ok(Ok(compared)) => Ok(compared),
+            Ok(Err(ArchiveError::Diverged { at })) => Ok(Compared::Differs(at)),
+            // WAL that was removed is no proof of anything, nor is a connection that was lost.
+            Ok(Err(ArchiveError::Postgres(error))) => {
+                tracing::debug!(%segment, %error, "it could not be compared with the server's");
+                Ok(Compared::Unknown)
+            }
+            Ok(Err(error)) => Err(error),
+            Err(_) => Ok(Compared::Unknown),
+        }
+    }
+
+    async fn compare_with_server(
+        &self,
+        segment: SegmentName,
+        until: Lsn,
+        parts: Vec<HeldPart>,
+    ) -> Result<Compared, ArchiveError> {
+        let connection = ReplicationConnection::connect(&self.connected_host()).await?;
+        let mut held = HeldBytes::read(self.spool.clone(), self.system, parts, segment.start(), until, &self.stores);
+        // Without a slot: nothing is confirmed, so no slot moves.
+        let started = connection.start_replication(None, segment.start(), segment.timeline()).await?;
+        let StartOutcome::Streaming(mut stream) = started else { return Ok(Compared::Unknown) };
+        while stream.next_lsn() < until {
+            let bytes = match stream.next_message()? {
+                Some(WalMessage::Data { start, bytes, .. }) => Some((start, bytes.to_vec())),
+                Some(WalMessage::Keepalive { .. }) => continue,
+                // A timeline that the server left before: what was compared up to there is all there is.
+                Some(WalMessage::EndOfTimeline) => break,
+                None => None,
+            };
+            let Some((start, bytes)) = bytes else {
+                stream.fill().await?;
+                continue;
+            };
+            let mut done = 0;
+            while done < bytes.len() {
+                match held.compare(Lsn::new(start.get() + done as u64), &bytes[done..]).await? {
+                    Some(equal) => done += equal,
+                    None => break,
+                }
+            }
+        }
+        Ok(Compared::Equal)
+    }
+
+    /// What is held of a segment: in the parts at hand, in the spool, or in a repository.
+    pub(super) async fn held_segment(
+        &self,
+        segment: SegmentName,
+        parts: &[HeldPart],
+    ) -> Result<HeldSegment, ArchiveError> {
+        let inside = |part: &&HeldPart| part.start() >= segment.start() && part.end() <= segment.end();
+        let at_hand: Vec<HeldPart> = parts.iter().filter(inside).cloned().collect();
+        if at_hand.first().is_some_and(|part| part.start() == segment.start()) {
+            let end = at_hand.last().map_or(segment.start(), HeldPart::end);
+            return Ok(HeldSegment { parts: at_hand, end });
+        }
+        for compression in [Compression::Lz4, Compression::Zstd] {
+            let name = Spool::segment(segment, compression);
+            if self.spool.path_of(&name).exists() {
+                let (start, end) = (segment.start(), segment.end());
+                return Ok(HeldSegment { parts: vec![HeldPart::Spooled { start, end, name }], end });
+            }
+        }
+        for (archive, _) in &self.archives {
+            let asked = archive.clone();
+            let look = self.stores.spawn(async move { stored_parts(&asked, segment).await });
+            let looked = tokio::select! {
+                looked = tokio::time::timeout(ASK_LIMIT, look) => looked,
+                () = self.shutdown.cancelled() => return Err(ArchiveError::Stopping),
+            };
+            match looked {
+                Ok(Ok(Ok(parts))) if !parts.is_empty() => {
+                    let end = parts.last().map_or(segment.start(), HeldPart::end);
+                    return Ok(HeldSegment { parts, end });
+                }
+                Ok(Ok(Err(error))) => tracing::debug!(%segment, %error, "what is stored of it is not known"),
+                _ => {}
+            }
+        }
+        Ok(HeldSegment { parts: Vec::new(), end: segment.start() })
+    }
+
+    /// Where the two histories part, given that `at` differs: from the segment with `at` back to one that is equal. Bounded; what was
+    /// found until then counts.
+    pub(super) async fn first_difference(&self, at: Lsn) -> Lsn {
+        let Ok(held) = self.held_now() else { return at };
+        let Some(held) = held.or_else(|| self.held_remotely.clone()) else { return at };
+        let mut first = at;
+        let search = self.search_back(&held, &mut first);
+        let _ = tokio::time::timeout(SEARCH_LIMIT, search).await;
+        first
+    }
+
+    async fn search_back(&self, held: &Held, first: &mut Lsn) {
+        let size = self.segment_size;
+        let mut differing = size.start_of(*first);
+        let mut step = 1_u64;
+        let mut equal: Option<Lsn> = None;
+        // Further and further back until a segment is equal, then halfway between.
+        loop {
+            let floor = equal.map_or(0, |equal| equal.get() + size.get());
+            if differing.get() <= floor {
+                return;
+            }
+            let between = (differing.get() - floor) / size.get();
+            let back = if equal.is_some() { between.div_ceil(2) } else { step.min(between) };
+            let start = Lsn::new(differing.get() - back * size.get());
+            let segment = SegmentName::holding(held.timeline, start, size);
+            match self.compare_segment(segment, segment.end(), &held.parts).await {
+                Ok(Compared::Differs(at)) => {
+                    (*first, differing) = (at, start);
+                    step = step.saturating_mul(2);
+                }
+                Ok(Compared::Equal) => equal = Some(start),
+                // Not at hand any more on one of the two sides: nearer ones may be.
+                Ok(Compared::Unknown) if back > 1 => equal = Some(start),
+                Ok(Compared::Unknown) | Err(_) => return,
+            }
+        }
+    }
+
+    /// The server is behind what is held. One that has other bytes is no standby that will catch up.
+    pub(super) async fn judge_behind(&self, held: &Held, server: Lsn) -> ArchiveError {
+        let behind = ArchiveError::Behind { server, held: held.end };
+        let Some(last) = server.get().checked_sub(1) else { return behind };
+        let segment = SegmentName::holding(held.timeline, Lsn::new(last), self.segment_size);
+        match self.compare_segment(segment, server, &held.parts).await {
+            Ok(Compared::Differs(at)) => ArchiveError::Diverged { at },
+            Ok(Compared::Equal | Compared::Unknown) => behind,
+            Err(error) => error,
+        }
+    }
+
+    /// Of a branch, the newest ancestor whose WAL is held up to where the branch leaves it, and where that is.
+    pub(super) async fn newest_common(
+        &self,
+        history: &TimelineHistory,
+    ) -> Result<Option<(TimelineId, Lsn)>, ArchiveError> {
+        for ancestor in history.ancestors().iter().rev() {
+            let Some(last) = ancestor.switch.get().checked_sub(1) else { continue };
+            let segment = SegmentName::holding(ancestor.timeline, Lsn::new(last), self.segment_size);
+            if self.held_segment(segment, &[]).await?.end < ancestor.switch {
+                continue;
+            }
+            return match self.compare_segment(segment, ancestor.switch, &[]).await? {
+                Compared::Differs(at) => Err(ArchiveError::Diverged { at }),
+                Compared::Equal | Compared::Unknown => Ok(Some((ancestor.timeline, ancestor.switch))),
+            };
+        }
+        Ok(None)
+    }
+
+    /// The highest commit time on a branch before `position`, a segment's start, and where a record begins that reaches over it.
+    pub(super) async fn before(&self, timeline: TimelineId, position: Lsn) -> (Option<PgTime>, Option<Lsn>) {
+        let Some(before) = position.get().checked_sub(self.segment_size.get()) else { return (None, None) };
+        let segment = SegmentName::holding(timeline, Lsn::new(before), self.segment_size);
+        let Ok(held) = self.held_segment(segment, &[]).await else { return (None, None) };
+        let header = match held.parts.first() {
+            Some(HeldPart::Spooled { name, .. }) => self.spool.read_header(name, self.system).ok(),
+            Some(HeldPart::Stored { object, archive, .. }) => {
+                let (object, archive) = (*object, archive.clone());
+                let asked = self.stores.spawn(async move { archive.header(&object).await });
+                match tokio::time::timeout(ASK_LIMIT, asked).await {
+                    Ok(Ok(Ok(header))) => Some(header),
+                    _ => None,
+                }
+            }
+            Some(HeldPart::Open { .. }) | None => None,
+        };
+        header.map_or((None, None), |header| (header.summary.max_time, header.summary.open_record))
+    }
+}
+
+/// The whole segment, or its pieces from the start on.
+async fn stored_parts(
+    archive: &crate::repository::Archive,
+    segment: SegmentName,
+) -> Result<Vec<HeldPart>, crate::repository::RepositoryError> {
+    let part = |kind, compression, start, end| {
+        let object = WalObject { segment, kind, compression, valid_until: end };
+        HeldPart::Stored { start, end, object, archive: archive.clone() }
+    };
+    for compression in [Compression::Lz4, Compression::Zstd] {
+        match archive.head(&archive.keys().segment(segment, compression)).await {
+            Ok(Some(_)) => return Ok(vec![part(WalObjectKind::Segment, compression, segment.start(), segment.end())]),
+            Ok(None) | Err(crate::repository::RepositoryError::Storage(StorageError::NotFound { .. })) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    let mut parts: Vec<HeldPart> = Vec::new();
+    for piece in PieceChain::of(&archive.pieces(segment).await?).pieces {
+        let end = parts.last().map_or(segment.start(), HeldPart::end);
+        // Pieces that overlap say the same twice: the chain goes on with the one that begins where it stands.
+        if piece.start_lsn() == end {
+            let kind = WalObjectKind::Piece { start: piece.start, end: piece.end };
+            parts.push(part(kind, piece.compression, piece.start_lsn(), piece.end_lsn()));
+        }
+    }
+    Ok(parts)
+}
+
+/// The first position that two histories of one timeline give to different timelines; where both end alike, the last switch.
+pub(super) fn parting(one: &TimelineHistory, other: &TimelineHistory) -> Lsn {
+    let mut switches: Vec<Lsn> =
+        one.ancestors().iter().chain(other.ancestors()).map(|ancestor| ancestor.switch).collect();
+    switches.sort_unstable();
+    let differs = |at: &&Lsn| one.timeline_at(**at) != other.timeline_at(**at);
+    switches.iter().find(differs).or(switches.last()).copied().unwrap_or(Lsn::ZERO)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn two_histories_of_one_number_part_at_the_earlier_switch() {
+        let history = |content: &str| TimelineHistory::parse(TimelineId::new(4).unwrap(), content.as_bytes()).unwrap();
+        let at = |one: &str, other: &str| parting(&history(one), &history(other)).to_string();
+        assert_eq!(at("1\t0/5000000\tx\n", "1\t0/6000000\tx\n"), "0/5000000");
+        assert_eq!(at("1\t0/5000000\tx\n2\t0/7000000\tx\n", "1\t0/5000000\tx\n"), "0/5000000");
+        assert_eq!(at("1\t0/5000000\tx\n2\t0/7000000\tx\n", "1\t0/5000000\tx\n2\t0/8000000\tx\n"), "0/7000000");
+        assert_eq!(at("1\t0/5000000\tx\n", "1\t0/5000000\tanother reason\n"), "0/5000000");
+    }
+}

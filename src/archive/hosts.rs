@@ -1,0 +1,159 @@
+//! Slots on the other hosts of the list, so that a failover leaves no gap: each is made, and advanced behind what is held.
+//!
+//! Only the replication protocol is used: a slot's position moves with the status of a short stream. A slot is never moved past what
+//! is durable by the policy (I1), nor past what that host itself has, and it stays a segment behind, for the overlap (I7).
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use super::ArchiveError;
+use super::live::LiveSettings;
+use crate::postgres::{CreateOutcome, PostgresError, ReplicationConnection, SlotState, StartOutcome};
+use crate::telemetry::Board;
+use crate::wal::{Lsn, SegmentSize, SystemIdentifier, TimelineId};
+
+/// How often the other hosts are looked at.
+const INTERVAL: Duration = Duration::from_secs(10);
+/// For one host; one that hangs must not keep the others from being looked at.
+const HOST_LIMIT: Duration = Duration::from_secs(30);
+
+/// What the live path streams just now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Streaming {
+    /// Which of the settings' hosts.
+    pub host: usize,
+    pub timeline: TimelineId,
+}
+
+/// Keeps the slots of the other hosts. A task of its own: nothing waits for it.
+pub struct OtherHosts {
+    pub settings: LiveSettings,
+    pub system: SystemIdentifier,
+    pub segment_size: SegmentSize,
+    pub board: Board,
+    pub streaming: watch::Receiver<Option<Streaming>>,
+    pub shutdown: CancellationToken,
+}
+
+/// What was last seen of a host; told when it changes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Standing {
+    Kept,
+    /// On another timeline than the stream's: left behind by a promotion, or not there yet.
+    Elsewhere(TimelineId),
+    Not(String),
+}
+
+impl OtherHosts {
+    pub async fn run(mut self) {
+        let hosts = self.settings.connect.targets();
+        if hosts.len() < 2 {
+            return;
+        }
+        let mut standings: BTreeMap<usize, Standing> = BTreeMap::new();
+        // Where each slot was put; before 15 only SQL could tell.
+        let mut positions: BTreeMap<usize, Lsn> = BTreeMap::new();
+        loop {
+            let streaming = *self.streaming.borrow_and_update();
+            let others = (0..hosts.len()).filter(|host| streaming.is_some_and(|streaming| streaming.host != *host));
+            for host in others.collect::<Vec<_>>() {
+                let Some(streaming) = streaming else { break };
+                let kept = tokio::select! {
+                    kept = tokio::time::timeout(HOST_LIMIT, self.keep(host, streaming, &mut positions)) => kept,
+                    () = self.shutdown.cancelled() => return,
+                };
+                let standing = match kept {
+                    Ok(Ok(standing)) => standing,
+                    Ok(Err(error)) => Standing::Not(format!("{}; {}", error.describe(), error.hint())),
+                    Err(_) => Standing::Not(format!("no answer within {} s", HOST_LIMIT.as_secs())),
+                };
+                tell(&hosts[host], &self.settings.slot, standings.get(&host), &standing);
+                standings.insert(host, standing);
+            }
+            tokio::select! {
+                () = tokio::time::sleep(INTERVAL) => {}
+                changed = self.streaming.changed() => if changed.is_err() { return },
+                () = self.shutdown.cancelled() => return,
+            }
+        }
+    }
+
+    async fn keep(
+        &self,
+        host: usize,
+        streaming: Streaming,
+        positions: &mut BTreeMap<usize, Lsn>,
+    ) -> Result<Standing, ArchiveError> {
+        let slot = self.settings.slot.as_str();
+        let mut connection = ReplicationConnection::connect_to_any(&self.settings.connect, host).await?;
+        let info = connection.identify_system().await?;
+        if info.system_identifier != self.system {
+            return Err(ArchiveError::OtherCluster { found: info.system_identifier, expected: self.system });
+        }
+        let mut known = positions.get(&host).copied();
+        match connection.read_slot(slot).await? {
+            SlotState::Exists { restart_lsn, .. } => known = restart_lsn.max(known),
+            SlotState::NotPhysical => return Err(ArchiveError::LogicalSlot { name: slot.into() }),
+            SlotState::Missing | SlotState::Unknown if self.settings.create_slot => {
+                if connection.create_physical_slot(slot).await? == CreateOutcome::Created {
+                    tracing::info!(host = connection.target(), slot, "created the replication slot on another host");
+                }
+            }
+            SlotState::Missing => return Err(ArchiveError::NoSlot { name: slot.into() }),
+            SlotState::Unknown => {}
+        }
+        if info.timeline != streaming.timeline {
+            return Ok(Standing::Elsewhere(info.timeline));
+        }
+        let Some(position) = self.position(info.flush_lsn) else { return Ok(Standing::Kept) };
+        if known.is_none_or(|known| known < position) {
+            advance(connection, slot, position, streaming.timeline).await?;
+            positions.insert(host, position);
+        }
+        Ok(Standing::Kept)
+    }
+
+    /// The start of the segment that must stay: of the one that would be compared at the next connection.
+    fn position(&self, flush: Lsn) -> Option<Lsn> {
+        let durable = if self.settings.durable_in_repository { self.board.archived() } else { self.board.durable() };
+        let last = durable?.min(flush).get().checked_sub(1)?;
+        Some(self.segment_size.start_of(Lsn::new(last))).filter(|position| !position.is_zero())
+    }
+}
+
+/// A short stream whose status moves the slot.
+async fn advance(
+    connection: ReplicationConnection,
+    slot: &str,
+    position: Lsn,
+    timeline: TimelineId,
+) -> Result<(), PostgresError> {
+    match connection.start_replication(Some(slot), position, timeline).await? {
+        StartOutcome::Streaming(mut stream) => {
+            stream.send_status(position, position, false).await?;
+            // The server handles messages in their order, so the end of the stream proves that the status was seen. What WAL comes
+            // before it is dropped.
+            stream.finish().await.map(|_| ())
+        }
+        StartOutcome::AtEnd { .. } => Ok(()),
+    }
+}
+
+/// Says a change once. A host without a slot is no fault of today's: the gap is told if there is one.
+fn tell(host: &str, slot: &str, before: Option<&Standing>, now: &Standing) {
+    if before == Some(now) {
+        return;
+    }
+    match now {
+        Standing::Kept => tracing::info!(host, slot, "a slot is kept on this host as well"),
+        Standing::Elsewhere(timeline) => {
+            tracing::warn!(host, slot, %timeline, "this host is on another timeline: its slot is left where it is");
+        }
+        Standing::Not(why) => {
+            tracing::warn!(host, slot, "no slot can be kept on this host, so a failover to it may leave a gap: {why}");
+        }
+    }
+}

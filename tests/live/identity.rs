@@ -1,0 +1,295 @@
+//! Servers that are not the one whose WAL is held: refused, told with the first differing LSN, and nothing held is changed.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use walden::wal::{Lsn, SegmentName, TimelineId};
+
+use super::restore::restore;
+use super::streaming::archive_all;
+use crate::support::ledger::assert_rows;
+use crate::support::oracle::{cluster_folder, compare_stored, files_below};
+use crate::support::{Agent, Ledger, Postgres, Stage, Walden, has_cause, wait_until};
+
+const MINUTE: Duration = Duration::from_secs(60);
+/// An alarm is raised within this.
+const ALARM: Duration = Duration::from_secs(30);
+
+/// Every object below a folder with its content's checksum, but the two that may change.
+fn content(folder: &Path) -> Vec<(PathBuf, u32)> {
+    let mut files: Vec<_> = files_below(folder)
+        .into_iter()
+        .filter(|path| !path.ends_with("lease.json") && !path.ends_with("coverage.json"))
+        .map(|path| (path.clone(), crc32fast::hash(&fs::read(&path).expect("an object"))))
+        .collect();
+    files.sort();
+    files
+}
+
+/// The same configuration for another server, with some of its text replaced.
+fn for_server(walden: &Walden, from: &Postgres, to: &Postgres, more: &[(&str, &str)]) -> Walden {
+    let mut config = fs::read_to_string(walden.config_path()).expect("the configuration");
+    config = config.replace(&from.socket_url(), &to.socket_url());
+    for (old, new) in more {
+        config = config.replace(old, new);
+    }
+    Walden::with_config(walden.stage(), &config)
+}
+
+/// A new cluster in the place of the old one, as after initdb or pg_upgrade, with the old spool or a new one: refused before
+/// streaming (exit 4), nothing is made on the server or in the repository, until it is adopted. Then it archives beside what the old
+/// one left, which can still be restored, and the old one is refused (I6, B3 of the failure table).
+#[test]
+fn a_new_cluster_archives_under_an_old_name_once_it_is_adopted() {
+    let stage = Stage::new("adopt");
+    let mut first = Postgres::builder(15).wal_segsize(1).named("first").start(&stage);
+    let walden = Walden::local(&stage, &first, "");
+    let mut agent = walden.run_connected();
+    let mut ledger = Ledger::create(&first);
+    ledger.commit_many(5);
+    let old = first.system_identifier().to_string();
+    walden.ok(&["backup"]);
+    archive_all(&first, &mut agent);
+    let rows = ledger.entries().to_vec();
+    drop(ledger);
+    let early = walden.exec(&["adopt", "--system-identifier", &old]);
+    assert_eq!(early.code, Some(0), "there is nothing to adopt: {}", early.stderr);
+    let second = Postgres::builder(17).wal_segsize(1).named("second").start(&stage);
+    let new = second.system_identifier().to_string();
+    let replaced = for_server(&walden, &first, &second, &[]);
+    let busy = replaced.exec(&["adopt", "--system-identifier", &new]);
+    assert_eq!(busy.code, Some(4), "its agent still archives the old one: {}", busy.stderr);
+    assert!(agent.sigterm(MINUTE).success(), "{}", agent.log_tail());
+    let before = content(&walden.repository());
+
+    let elsewhere = [("/spool\"", "/spool-2\""), ("/state\"", "/state-2\"")];
+    for other in [&replaced, &for_server(&walden, &first, &second, &elsewhere)] {
+        for command in ["run", "backup"] {
+            let mut refused = other.spawn(&[command]);
+            assert_eq!(refused.wait(MINUTE).code(), Some(4), "walden {command}: {}", refused.log_tail());
+            let log = refused.log();
+            let errors: Vec<&str> = log.lines().filter(|line| line.starts_with("error: ")).collect();
+            assert!(
+                matches!(errors[..], [line] if line.contains(&old) && line.contains(&new) && line.contains("walden adopt")),
+                "{log}"
+            );
+        }
+        let checked = other.exec(&["check"]);
+        assert_eq!(checked.code, Some(1));
+        assert!(checked.stdout.contains(&format!("walden adopt --system-identifier {new}")), "{}", checked.stdout);
+    }
+    assert_eq!(second.value("SELECT count(*) FROM pg_replication_slots"), "0");
+    let wrong = replaced.exec(&["adopt", "--system-identifier", "12345"]);
+    assert_eq!(wrong.code, Some(4), "{}", wrong.stderr);
+    assert_eq!(before, content(&walden.repository()));
+
+    let adopted = replaced.json(&["adopt", "--system-identifier", &new]);
+    assert_eq!(adopted["repositories"][0]["before"][0], old, "{adopted}");
+    replaced.ok(&["adopt", "--system-identifier", &new]);
+    assert_eq!(replaced.exec(&["check"]).code, Some(0), "{}", replaced.exec(&["check"]).stdout);
+    let mut agent = replaced.run_connected();
+    let mut ledger = Ledger::create(&second);
+    let new_rows = ledger.commit_many(3);
+    drop(ledger);
+    replaced.ok(&["backup"]);
+    archive_all(&second, &mut agent);
+    let new_folder = cluster_folder(&walden.repository(), "main", &second);
+    compare_stored(&new_folder, &second.oracle).assert_whole(1);
+    assert!(agent.sigterm(MINUTE).success(), "{}", agent.log_tail());
+    let mut again = replaced.run_connected();
+    assert!(again.sigterm(MINUTE).success(), "{}", again.log_tail());
+
+    let old_folder = cluster_folder(&walden.repository(), "main", &first);
+    let untouched: Vec<_> = before.iter().filter(|(path, _)| path.starts_with(&old_folder)).cloned().collect();
+    assert_eq!(untouched, content(&old_folder), "what the old cluster left was changed");
+    let which = replaced.exec(&["list"]);
+    assert_eq!(which.code, Some(2), "{}", which.stderr);
+    assert!(which.stderr.contains(&old) && which.stderr.contains(&new), "{}", which.stderr);
+    for (major, system, expected) in [(15, &old, &rows), (17, &new, &new_rows)] {
+        let listed = replaced.json(&["list", "--system-identifier", system]);
+        assert_eq!(listed["system_identifier"], **system);
+        let restored = restore(&replaced, major, &format!("restored-{major}"), &["--system-identifier", system]);
+        assert_rows(&restored, expected);
+    }
+    // The old one has been succeeded.
+    let mut refused = walden.spawn(&["run"]);
+    assert_eq!(refused.wait(MINUTE).code(), Some(4), "{}", refused.log_tail());
+    let too_late = walden.exec(&["adopt", "--system-identifier", &old]);
+    assert_eq!(too_late.code, Some(0), "a cluster that was put back may be adopted as well: {}", too_late.stderr);
+    let mut agent = walden.run_connected();
+    archive_all(&first, &mut agent);
+    first.stop_fast();
+}
+
+/// Another cluster takes the server's place while the agent runs: nothing of it is streamed, no slot is made on it, and the agent says
+/// so and goes on answering (I6, B3 of the failure table).
+#[test]
+fn a_cluster_made_anew_under_a_running_agent_is_not_streamed() {
+    let stage = Stage::new("anew");
+    let mut first = Postgres::builder(17).wal_segsize(1).named("first").start(&stage);
+    let mut second = Postgres::builder(17).wal_segsize(1).named("second").start(&stage);
+    let walden = Walden::local(&stage, &first, "[upload]\nretry_delay_max = \"1s\"\n");
+    let mut agent = walden.run_connected();
+    archive_all(&first, &mut agent);
+    let system = second.system_identifier().to_string();
+    second.stop_fast();
+    first.stop_fast();
+    agent.wait_status(MINUTE, "everything to be shipped", |status| {
+        status["queue"]["segments"] == 0 && status["archived_lsn"] == status["durable_lsn"]
+    });
+    (second.sockets, second.port) = (first.sockets.clone(), first.port);
+    let (spool, before) = (content(&walden.spool()), content(&walden.repository()));
+    second.start();
+    let status = agent.wait_status(ALARM, "the cause other_cluster", |status| has_cause(status, "other_cluster"));
+    assert!(status.to_string().contains(&system), "{status}");
+    assert_eq!(agent.get("/readyz").expect("an answer").0, 503);
+    assert_eq!(second.value("SELECT count(*) FROM pg_replication_slots"), "0");
+    assert!(agent.is_running());
+    agent.sigterm(MINUTE);
+    assert_eq!(before, content(&walden.repository()), "the repository was changed");
+    assert_eq!(spool, content(&walden.spool()), "the spool was changed");
+}
+
+/// Where the server's WAL differs first from what the first server's own `archive_command` copied.
+fn first_difference(server: &Postgres, oracle: &Path, timeline: TimelineId) -> Lsn {
+    let size = server.segment_size();
+    let mut names: Vec<String> = fs::read_dir(oracle)
+        .expect("the oracle")
+        .filter_map(|entry| entry.expect("an entry").file_name().into_string().ok())
+        .filter(|name| SegmentName::parse(name, size).is_ok_and(|segment| segment.timeline() == timeline))
+        .collect();
+    names.sort();
+    for name in names {
+        let Ok(theirs) = fs::read(server.data.join("pg_wal").join(&name)) else { continue };
+        let ours = fs::read(oracle.join(&name)).expect("a copy");
+        if let Some(at) = ours.iter().zip(&theirs).position(|(a, b)| a != b) {
+            let start = SegmentName::parse(&name, size).expect("just parsed").start();
+            return Lsn::new(start.get() + at as u64);
+        }
+    }
+    panic!("the server's WAL is the one in the oracle");
+}
+
+#[track_caller]
+fn wait_diverged(agent: &mut Agent) -> Lsn {
+    let status = agent.wait_status(ALARM, "the cause diverged", |status| has_cause(status, "diverged"));
+    assert_eq!(status["healthy"], false);
+    assert_eq!(agent.get("/readyz").expect("an answer").0, 503);
+    status["diverged"].as_str().expect("where").parse().expect("an LSN")
+}
+
+/// A copy of the data directory from before is put back: the same system, the same timeline. Records of equal sizes stand where the
+/// first history's stood, so that nothing in the chain of records shows a seam; the server is far behind what is held, or beyond it.
+/// Found by bytes, several segments back; told with the very first LSN that differs; nothing stored changes (I6, I7, B1 of the
+/// failure table).
+#[test]
+fn a_rolled_back_copy_is_found_at_its_first_differing_byte() {
+    for behind in [true, false] {
+        let stage = Stage::new("clone");
+        let mut postgres = Postgres::builder(17).wal_segsize(1).setting("wal_keep_size", "64MB").start(&stage);
+        let walden = Walden::local(&stage, &postgres, "[upload]\nretry_delay_max = \"1s\"\n");
+        let mut agent = walden.run_connected();
+        postgres.psql("CREATE TABLE rows (n int PRIMARY KEY, padding text)");
+        archive_all(&postgres, &mut agent);
+        postgres.stop_fast();
+        let (copy, data) = (stage.join("copy"), postgres.data.clone());
+        assert!(stage.command("cp").arg("-a").arg(&data).arg(&copy).status().expect("cp runs").success());
+        postgres.start();
+        // Some segments of rows; the other history's differ in their content alone.
+        let write = |postgres: &Postgres, word: &str, rows: u32| {
+            let sql = postgres.connect().expect("a session");
+            for row in 0..rows {
+                sql.run(&format!("INSERT INTO rows VALUES ({row}, repeat('{word}', 6000))"));
+                sql.run(&format!("SELECT pg_logical_emit_message(true, 'same', repeat('{word}', 60000))"));
+            }
+        };
+        write(&postgres, "one ", 24);
+        archive_all(&postgres, &mut agent);
+        assert!(agent.sigterm(MINUTE).success(), "{}", agent.log_tail());
+        let held = postgres.flush_lsn();
+        postgres.stop_fast();
+        fs::remove_dir_all(&data).expect("removed");
+        fs::rename(&copy, &data).expect("put in its place");
+        // Its own archiving would stop at the first name that is taken.
+        postgres.overrides.push("archive_mode=off".into());
+        postgres.start();
+        write(&postgres, "two ", if behind { 2 } else { 40 });
+        assert_eq!(postgres.flush_lsn() < held, behind);
+        let before = content(&walden.repository());
+
+        let mut agent = walden.run();
+        let at = wait_diverged(&mut agent);
+        assert_eq!(at, first_difference(&postgres, &postgres.oracle, TimelineId::FIRST));
+        assert!(agent.is_running(), "a refusal while running goes on answering");
+        agent.sigterm(MINUTE);
+        assert_eq!(before, content(&walden.repository()), "the repository was changed");
+    }
+}
+
+/// Two servers promoted to the same timeline from one backup. The second one, with an agent of its own and nothing in its spool, is
+/// refused: by the history file where they were promoted at different positions, by the bytes where at the same one. The first
+/// archive is unchanged, and its server goes on (I2, I7, I10).
+#[test]
+fn two_servers_with_one_history_number_do_not_mix() {
+    for same_switch in [false, true] {
+        let stage = Stage::new("twins");
+        let mut postgres = Postgres::builder(15).wal_segsize(1).start(&stage);
+        let walden = Walden::local(&stage, &postgres, "[upload]\nretry_delay_max = \"1s\"\n");
+        let mut agent = walden.run_connected();
+        let mut ledger = Ledger::create(&postgres);
+        ledger.commit_many(5);
+        archive_all(&postgres, &mut agent);
+        drop(ledger);
+        postgres.stop_fast();
+        let copy = stage.join("twin");
+        assert!(stage.command("cp").arg("-a").arg(&postgres.data).arg(&copy).status().expect("cp runs").success());
+        let promote = |server: &mut Postgres| {
+            fs::write(server.data.join("standby.signal"), "").expect("standby.signal");
+            stage.give(&server.data.join("standby.signal"));
+            server.start();
+            server.psql("SELECT pg_promote()");
+            server.wait_promoted(MINUTE);
+        };
+        promote(&mut postgres);
+        let mut ledger = Ledger::create(&postgres);
+        ledger.commit_many(20);
+        drop(ledger);
+        agent.wait_status(MINUTE, "the second timeline", |status| status["timeline"] == 2);
+        archive_all(&postgres, &mut agent);
+        assert!(agent.sigterm(MINUTE).success(), "{}", agent.log_tail());
+        let before = content(&walden.repository());
+
+        let mut twin = Postgres::over(&stage, 15, &copy);
+        if !same_switch {
+            twin.start();
+            Ledger::create(&twin).commit_many(5);
+            twin.stop_fast();
+        }
+        promote(&mut twin);
+        let mut ledger = Ledger::create(&twin);
+        ledger.commit_many(40);
+        drop(ledger);
+        let history = |server: &Postgres| fs::read(server.data.join("pg_wal/00000002.history")).expect("a history");
+        assert_eq!(history(&postgres) == history(&twin), same_switch);
+        let elsewhere = [("/spool\"", "/spool-2\""), ("/state\"", "/state-2\"")];
+        let other = for_server(&walden, &postgres, &twin, &elsewhere);
+        let mut second = other.run();
+        let at = wait_diverged(&mut second);
+        let switch: Lsn = String::from_utf8(history(&postgres))
+            .expect("text")
+            .split_whitespace()
+            .nth(1)
+            .and_then(|text| text.parse().ok())
+            .expect("a position");
+        assert!(at >= switch && at.bytes_since(switch) < 256, "they part at {switch}, told was {at}");
+        second.sigterm(MINUTE);
+        assert_eq!(before, content(&walden.repository()), "the repository was changed");
+
+        let mut agent = walden.run_connected();
+        archive_all(&postgres, &mut agent);
+        let folder = cluster_folder(&walden.repository(), "main", &postgres);
+        compare_stored(&folder, &postgres.oracle).assert_whole(3);
+        wait_until(MINUTE, "healthy", || agent.status().is_ok_and(|status| status["healthy"] == true));
+    }
+}
