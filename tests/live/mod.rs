@@ -2,6 +2,7 @@
 
 mod by_hand;
 mod check;
+mod doors;
 mod first_use;
 mod house;
 mod refusals;
