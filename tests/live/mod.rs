@@ -1,6 +1,7 @@
 //! Real PostgreSQL servers, each supported major that is set up.
 
 mod by_hand;
+mod certificates;
 mod check;
 mod doors;
 mod first_use;

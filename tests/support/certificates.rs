@@ -56,12 +56,17 @@ impl Identity {
         Identity { params, key, pem }
     }
 
+    /// PKCS #8 v1, since OpenSSL does not read v2, which holds the public key as well.
     pub fn key_pem(&self) -> String {
-        self.key.serialize_pem()
+        let der = self.key.serialize_der();
+        let (_version, rest) = split(inner(&der));
+        let (algorithm, rest) = split(rest);
+        let (key, _public) = split(rest);
+        pem_text("PRIVATE KEY", &wrap(0x30, &[&[2, 1, 0], algorithm, key].concat()))
     }
 
     /// The same certificate as X.509 v1, as `openssl x509 -req` writes it: no version, no extensions.
-    pub fn as_v1(mut self, signed_by: Option<&Identity>) -> Identity {
+    pub fn into_v1(mut self, signed_by: Option<&Identity>) -> Identity {
         let der = pem_body(&self.pem);
         let content = inner(&der);
         let (signed, after) = split(content);

@@ -8,6 +8,7 @@
 #![allow(dead_code, unused_imports)]
 
 pub mod certificates;
+pub mod doors;
 pub mod ledger;
 pub mod oracle;
 pub mod parts;

@@ -46,14 +46,16 @@ struct Search<'a> {
     /// The first reason why a chain that was whole did not do.
     whole_but: Option<TlsError>,
     bad_signature: Option<TlsError>,
+    /// The longest way that led to nobody known: its length, and who is missing.
+    dead_end: (usize, &'a [u8]),
 }
 
 /// `now` in seconds since 1970. `others` are what the server sent along.
-pub(super) fn verify(
-    leaf: &Certificate<'_>,
-    others: &[CertificateDer<'_>],
-    trust: &Trust,
-    algorithms: &WebPkiSupportedAlgorithms,
+pub(super) fn verify<'a>(
+    leaf: &Certificate<'a>,
+    others: &'a [CertificateDer<'_>],
+    trust: &'a Trust,
+    algorithms: &'a WebPkiSupportedAlgorithms,
     now: i64,
 ) -> Result<(), TlsError> {
     // What cannot be read among them is not needed for a chain that works.
@@ -68,24 +70,22 @@ pub(super) fn verify(
         signatures_left: SIGNATURES_MAX,
         whole_but: None,
         bad_signature: None,
+        dead_end: (0, leaf.issuer),
     };
     if search.climb(&mut vec![leaf.clone()]) {
         return Ok(());
     }
     Err(search.whole_but.or(search.bad_signature).unwrap_or_else(|| {
-        let (who, roots) = (shown_name(leaf.subject), trust.source.clone());
+        let (who, roots) = (who(leaf, 0), trust.source.clone());
         if leaf.is_self_issued() {
             return TlsError::SelfSigned { who, roots };
         }
-        TlsError::UnknownIssuer { who, issuer: shown_name(leaf.issuer), roots }
+        TlsError::UnknownIssuer { who, issuer: shown_name(search.dead_end.1), roots }
     }))
 }
 
 impl<'a> Search<'a> {
-    fn climb<'b>(&mut self, path: &mut Vec<Certificate<'b>>) -> bool
-    where
-        'a: 'b,
-    {
+    fn climb(&mut self, path: &mut Vec<Certificate<'a>>) -> bool {
         let last = path[path.len() - 1].clone();
         if last.is_self_issued() && self.roots.iter().any(|root| root.der == last.der) {
             return match self.judge(path) {
@@ -101,6 +101,10 @@ impl<'a> Search<'a> {
         }
         let issuers: Vec<Certificate<'a>> =
             self.roots.iter().chain(&self.sent).filter(|issuer| issuer.subject == last.issuer).cloned().collect();
+        let is_new = |issuer: &Certificate<'_>| !path.iter().any(|member| member.der == issuer.der);
+        if !issuers.iter().any(is_new) && path.len() > self.dead_end.0 {
+            self.dead_end = (path.len(), last.issuer);
+        }
         for issuer in issuers {
             if path.iter().any(|member| member.der == issuer.der) {
                 continue;
@@ -112,7 +116,7 @@ impl<'a> Search<'a> {
                     BadSignature::Wrong => format!("\"{}\" did not sign it", shown_name(last.issuer)),
                     BadSignature::Unsupported => "its signature or key is of a kind that is not accepted".to_owned(),
                 };
-                self.bad_signature.get_or_insert(unfit(&last, why));
+                self.bad_signature.get_or_insert(unfit(&last, path.len() - 1, why));
                 continue;
             }
             path.push(issuer);
@@ -129,26 +133,26 @@ impl<'a> Search<'a> {
     fn judge(&self, path: &[Certificate<'_>]) -> Result<(), TlsError> {
         let mut authorities_below = 0;
         for (at, certificate) in path.iter().enumerate() {
-            self.within_its_time(certificate)?;
+            self.within_its_time(certificate, at)?;
             if let Some(id) = &certificate.unknown_critical {
-                return Err(unfit(certificate, format!("its critical extension {id} is not understood")));
+                return Err(unfit(certificate, at, format!("its critical extension {id} is not understood")));
             }
             if !certificate.is_for_servers() {
-                return Err(unfit(certificate, "its extended key usage does not allow TLS servers".to_owned()));
+                return Err(unfit(certificate, at, "its extended key usage does not allow TLS servers".to_owned()));
             }
             if at == 0 {
                 if !certificate.may_serve() {
-                    return Err(unfit(certificate, "its key usage does not allow TLS servers".to_owned()));
+                    return Err(unfit(certificate, at, "its key usage does not allow TLS servers".to_owned()));
                 }
                 continue;
             }
             if !certificate.may_issue() {
-                return Err(unfit(certificate, "it issued others and is no authority".to_owned()));
+                return Err(unfit(certificate, at, "it issued others and is no authority".to_owned()));
             }
             if let Some((_, Some(below))) = certificate.authority
                 && authorities_below > below
             {
-                return Err(unfit(certificate, "it issued more authorities in a row than it may".to_owned()));
+                return Err(unfit(certificate, at, "it issued more authorities in a row than it may".to_owned()));
             }
             if !certificate.is_self_issued() {
                 authorities_below += 1;
@@ -157,7 +161,7 @@ impl<'a> Search<'a> {
                 && !names::within(&path[0], constraints)
             {
                 let why = format!("\"{}\" may not issue for its names", shown_name(certificate.subject));
-                return Err(unfit(&path[0], why));
+                return Err(unfit(&path[0], 0, why));
             }
         }
         let Some(lists) = &self.trust.lists else { return Ok(()) };
@@ -165,13 +169,13 @@ impl<'a> Search<'a> {
             lists.lists.iter().filter_map(|der| RevocationList::parse(der).ok()).collect();
         for (at, certificate) in path.iter().enumerate() {
             let issuer = path.get(at + 1).unwrap_or(certificate);
-            self.not_revoked(certificate, issuer, &known, &lists.source)?;
+            self.not_revoked(&who(certificate, at), certificate, issuer, &known, &lists.source)?;
         }
         Ok(())
     }
 
-    fn within_its_time(&self, certificate: &Certificate<'_>) -> Result<(), TlsError> {
-        let who = || shown_name(certificate.subject);
+    fn within_its_time(&self, certificate: &Certificate<'_>, at: usize) -> Result<(), TlsError> {
+        let who = || who(certificate, at);
         if self.now < certificate.not_before {
             return Err(TlsError::NotYetValid { who: who(), from: shown_time(certificate.not_before) });
         }
@@ -184,6 +188,7 @@ impl<'a> Search<'a> {
     /// Every certificate of the chain needs a current list of its issuer, the root's own included (`X509_V_FLAG_CRL_CHECK_ALL`).
     fn not_revoked(
         &self,
+        who: &str,
         certificate: &Certificate<'_>,
         issuer: &Certificate<'_>,
         known: &[RevocationList<'_>],
@@ -198,7 +203,7 @@ impl<'a> Search<'a> {
             }
             // An old list still tells what was revoked by then.
             if list.names(certificate.serial).unwrap_or(true) {
-                return Err(TlsError::Revoked { who: shown_name(certificate.subject), issuer: name() });
+                return Err(TlsError::Revoked { who: who.to_owned(), issuer: name() });
             }
             match list.next_update {
                 Some(next) if next < self.now => ended = ended.max(Some(next)),
@@ -213,8 +218,18 @@ impl<'a> Search<'a> {
     }
 }
 
-fn unfit(certificate: &Certificate<'_>, why: String) -> TlsError {
-    TlsError::Unfit { who: shown_name(certificate.subject), why }
+fn unfit(certificate: &Certificate<'_>, at: usize, why: String) -> TlsError {
+    TlsError::Unfit { who: who(certificate, at), why }
+}
+
+/// The member of a chain, for people.
+fn who(certificate: &Certificate<'_>, at: usize) -> String {
+    let name = shown_name(certificate.subject);
+    if at == 0 {
+        format!("the server's certificate (\"{name}\")")
+    } else {
+        format!("the certificate of the authority \"{name}\"")
+    }
 }
 
 fn shown_time(seconds: i64) -> String {

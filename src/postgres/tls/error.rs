@@ -2,7 +2,8 @@ use std::path::PathBuf;
 
 use super::SslMode;
 
-/// Why there is no TLS, or not the right one. Dates are shown in UTC, names as the certificate has them.
+/// Why there is no TLS, or not the right one. Dates are shown in UTC, names as the certificate has them. `who` is the server's
+/// certificate or that of an authority above it, for people.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum TlsError {
     #[error("the server does not support TLS, and sslmode={mode} asks for it")]
@@ -11,13 +12,13 @@ pub enum TlsError {
     File { setting: &'static str, path: PathBuf, why: String },
     #[error("sslmode={mode} needs the certificate of the server's authority, and {where_} does not exist")]
     NoRoot { mode: SslMode, where_: String },
-    #[error("the server's certificate ({who}) expired on {on}")]
+    #[error("{who} expired on {on}")]
     Expired { who: String, on: String },
-    #[error("the server's certificate ({who}) is not valid before {from}")]
+    #[error("{who} is not valid before {from}")]
     NotYetValid { who: String, from: String },
-    #[error("the server's certificate ({who}) is signed by itself and is not among those in {roots}")]
+    #[error("{who} is signed by itself and is not among those in {roots}")]
     SelfSigned { who: String, roots: String },
-    #[error("the server's certificate ({who}) was issued by \"{issuer}\", which {roots} does not lead to")]
+    #[error("{who} leads to the authority \"{issuer}\", which is not in {roots}")]
     UnknownIssuer { who: String, issuer: String, roots: String },
     #[error("the server's certificate is for {names}, not for {host}")]
     OtherHost { host: String, names: String },
@@ -25,13 +26,13 @@ pub enum TlsError {
         "sslmode=verify-full compares the certificate with the host's name, and only an address is given (hostaddr)"
     )]
     NoHost,
-    #[error("the server's certificate ({who}) was revoked by \"{issuer}\"")]
+    #[error("{who} was revoked by \"{issuer}\"")]
     Revoked { who: String, issuer: String },
     #[error("no revocation list of \"{issuer}\" is in {lists}")]
     NoRevocationList { issuer: String, lists: String },
     #[error("the revocation list of \"{issuer}\" ended on {on}")]
     OldRevocationList { issuer: String, on: String },
-    #[error("the server's certificate ({who}) cannot be trusted: {why}")]
+    #[error("{who} cannot be trusted: {why}")]
     Unfit { who: String, why: String },
     #[error("the server's certificate cannot be read")]
     Unreadable,
@@ -63,18 +64,19 @@ impl TlsError {
             Self::NoRoot { .. } => {
                 "put the authority's certificate (or the server's own, if it is signed by itself) there, or name it by sslrootcert; `system` stands for the system's authorities"
             }
-            Self::Expired { .. } => {
-                "renew the server's certificate and reload the server; Walden connects again by itself"
-            }
+            Self::Expired { .. } => "renew that certificate and reload the server; Walden connects again by itself",
             Self::NotYetValid { .. } => "compare the clocks of this host and of the one where the certificate was made",
-            Self::SelfSigned { .. } | Self::UnknownIssuer { .. } => {
-                "sslrootcert must hold the root certificate of the server's authority (or the server's own, if it is signed by itself)"
+            Self::SelfSigned { .. } => {
+                "put this certificate into the file that sslrootcert names, or let an authority sign one"
+            }
+            Self::UnknownIssuer { .. } => {
+                "sslrootcert must hold the root certificate of the server's authority; those between belong into the server's ssl_cert_file"
             }
             Self::OtherHost { .. } => {
                 "connect by a name that the certificate has (hostaddr may give the address), or make a certificate with this name as its subjectAltName"
             }
             Self::NoHost => "give the server's name by host as well",
-            Self::Revoked { .. } => "give the server a new certificate",
+            Self::Revoked { .. } => "give the server a new certificate and reload it",
             Self::NoRevocationList { .. } | Self::OldRevocationList { .. } => {
                 "put a current list of that authority into the file or folder that sslcrl or sslcrldir name"
             }

@@ -69,7 +69,7 @@ pub(super) async fn handshake(
     let prepared = prepared.map_err(|error| TlsError::Handshake { why: error.to_string() })??;
     let connector = TlsConnector::from(Arc::new(prepared.config));
     let stream = connector.connect(prepared.name, stream).await.map_err(|error| {
-        if settings.direct && error.get_ref().is_none() {
+        if settings.direct && matches!(error.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset) {
             // A server that expects the old request first just hangs up.
             return TlsError::NoProtocol;
         }
