@@ -5,6 +5,9 @@ use std::time::Duration;
 
 use crate::failure::NextStep;
 
+use super::socket::Transport;
+use super::tls::TlsError;
+
 /// What a server says in an ErrorResponse. Texts are cut to 1,000 bytes and stripped of control characters, since a server may be hostile.
 ///
 /// Source: "Error and Notice Message Fields" in the protocol chapter of PostgreSQL's documentation.
@@ -39,8 +42,8 @@ pub enum PostgresError {
     Settings { why: String },
     #[error("the connection option {option} is not supported: {why}")]
     UnsupportedOption { option: String, why: String },
-    #[error("TLS is not supported yet, but sslmode={sslmode} asks for it")]
-    TlsUnsupported { sslmode: String },
+    #[error("cannot speak TLS with PostgreSQL at {target}")]
+    Tls { target: String, source: Box<TlsError> },
     #[error("the password file {} cannot be used", path.display())]
     PasswordFile { path: PathBuf, source: io::Error },
     #[error("cannot connect to PostgreSQL at {target}")]
@@ -57,8 +60,8 @@ pub enum PostgresError {
     PasswordMissing { target: String, user: String, note: String },
     #[error("PostgreSQL at {target} refused the password of user \"{user}\"")]
     PasswordRefused { target: String, user: String, source: Box<ServerMessage> },
-    #[error("pg_hba.conf of PostgreSQL at {target} does not let user \"{user}\" in")]
-    NoHbaLine { target: String, user: String, source: Box<ServerMessage> },
+    #[error("pg_hba.conf of PostgreSQL at {target} does not let user \"{user}\" in {over}")]
+    NoHbaLine { target: String, user: String, over: Transport, source: Box<ServerMessage> },
     #[error("PostgreSQL at {target} has no role \"{user}\" that may log in")]
     NoRole { target: String, user: String, source: Box<ServerMessage> },
     #[error("PostgreSQL at {target} asks for an authentication that cannot be done: {why}")]
@@ -113,11 +116,13 @@ impl PostgresError {
     /// `Stop` only where the same settings can never work; a wrong password or a missing slot heals on the server's side.
     pub fn next_step(&self) -> NextStep {
         match self {
-            Self::Settings { .. } | Self::UnsupportedOption { .. } | Self::TlsUnsupported { .. } => NextStep::Stop,
+            Self::Settings { .. } | Self::UnsupportedOption { .. } => NextStep::Stop,
             Self::NoHost { source, .. } => source.next_step(),
             // The server no longer has these bytes, or never had them: asking again cannot help, somebody must decide.
             Self::WalRemoved { .. } | Self::SlotInvalidated { .. } | Self::NotInHistory { .. } => NextStep::Stop,
-            Self::PasswordFile { .. }
+            // Certificates are renewed, and read anew each time.
+            Self::Tls { .. }
+            | Self::PasswordFile { .. }
             | Self::Connect { .. }
             | Self::ConnectTimeout { .. }
             | Self::SessionAttributes { .. }
@@ -150,9 +155,7 @@ impl PostgresError {
         match self {
             Self::Settings { .. } => "correct postgres.url, or the PG* variables and files that it builds on",
             Self::UnsupportedOption { .. } => "remove the option, or give the value that Walden supports",
-            Self::TlsUnsupported { .. } => {
-                "use sslmode=disable or prefer over a Unix socket, a private network or a tunnel"
-            }
+            Self::Tls { source, .. } => source.hint(),
             Self::PasswordFile { .. } => {
                 "let it belong to the user that runs Walden, with mode 0600, holding the password alone"
             }
@@ -167,12 +170,15 @@ impl PostgresError {
                 "give one by postgres.password_file, PGPASSWORD or ~/.pgpass (database \"replication\", mode 0600)"
             }
             Self::PasswordRefused { .. } => "check the user's password; on the server: ALTER ROLE … PASSWORD",
+            Self::NoHbaLine { over: Transport::Plain, .. } => {
+                "add a line such as `host replication USER ADDRESS scram-sha-256` (SQL: `host DATABASE …`) to pg_hba.conf and reload; where the line is `hostssl`, use sslmode=prefer or a higher one"
+            }
             Self::NoHbaLine { .. } => {
                 "add a line such as `host replication USER ADDRESS scram-sha-256` (SQL: `host DATABASE …`) to pg_hba.conf and reload"
             }
             Self::NoRole { .. } => "on the server: CREATE ROLE walden LOGIN REPLICATION PASSWORD '…'",
             Self::AuthenticationMethod { .. } => {
-                "let pg_hba.conf ask this user for scram-sha-256, md5, password or trust"
+                "let pg_hba.conf ask this user for scram-sha-256, md5, password or trust, as require_auth and channel_binding allow"
             }
             Self::ServerNotProven { .. } => {
                 "make sure that host and port lead to your own server, and nobody in between"
@@ -276,7 +282,7 @@ impl PostgresError {
 /// What was asked when the server answered with an error. SQLSTATE and the command decide, not the text, which may be translated.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Asked<'a> {
-    Startup { target: &'a str, user: &'a str },
+    Startup { target: &'a str, user: &'a str, over: Transport },
     Stream { slot: Option<&'a str> },
     ReadSlot { slot: &'a str },
     CreateSlot,
@@ -312,16 +318,16 @@ impl Asked<'_> {
         let state = source.sqlstate.clone();
         match (self, state.as_str()) {
             // invalid_password
-            (Self::Startup { target, user }, "28P01") => {
+            (Self::Startup { target, user, .. }, "28P01") => {
                 E::PasswordRefused { target: target.into(), user: user.into(), source }
             }
             // invalid_authorization_specification
-            (Self::Startup { target, user }, "28000") => {
+            (Self::Startup { target, user, over }, "28000") => {
                 let (target, user) = (target.to_owned(), user.to_owned());
                 match source.routine.as_deref() {
                     Some("InitializeSessionUserId") => E::NoRole { target, user, source },
                     // No line, a reject line, or peer, ident or cert whose mapping does not fit.
-                    _ => E::NoHbaLine { target, user, source },
+                    _ => E::NoHbaLine { target, user, over, source },
                 }
             }
             // insufficient_privilege
@@ -373,7 +379,7 @@ mod tests {
 
     #[test]
     fn the_state_and_the_command_choose_the_error_not_the_text() {
-        let startup = Asked::Startup { target: "h:1", user: "u" };
+        let startup = Asked::Startup { target: "h:1", user: "u", over: Transport::Tls };
         assert!(matches!(startup.classify(said("28P01", "auth_failed")), PostgresError::PasswordRefused { .. }));
         assert!(matches!(startup.classify(said("28000", "ClientAuthentication")), PostgresError::NoHbaLine { .. }));
         assert!(matches!(startup.classify(said("28000", "InitializeSessionUserId")), PostgresError::NoRole { .. }));

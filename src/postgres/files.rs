@@ -134,17 +134,19 @@ pub(super) fn read_service(
     env: &dyn Fn(&str) -> Option<String>,
 ) -> Result<Pairs, PostgresError> {
     let mut candidates: Vec<PathBuf> = Vec::new();
-    match named.map(str::to_owned).or_else(|| env("PGSERVICEFILE")) {
+    let named = named.map(str::to_owned).or_else(|| env("PGSERVICEFILE").filter(|path| !path.is_empty()));
+    match &named {
         Some(path) => candidates.push(path.into()),
         None => candidates.extend(env("HOME").map(|home| Path::new(&home).join(".pg_service.conf"))),
     }
     let system = env("PGSYSCONFDIR").unwrap_or_else(|| "/etc/postgresql-common".into());
     candidates.push(Path::new(&system).join("pg_service.conf"));
-    for path in &candidates {
+    for (at, path) in candidates.iter().enumerate() {
         let wrong = |why: String| PostgresError::settings(format!("the service file {} {why}", path.display()));
         let file = match open_regular(path) {
             Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            // One that was named must be there.
+            Err(error) if error.kind() == io::ErrorKind::NotFound && (at > 0 || named.is_none()) => continue,
             Err(error) => return Err(wrong(format!("cannot be read: {error}"))),
         };
         let content = read_bounded(file).map_err(|error| wrong(format!("cannot be read: {error}")))?;

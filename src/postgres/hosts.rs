@@ -59,6 +59,18 @@ impl Host {
         }
     }
 
+    pub(super) fn is_tcp(&self) -> bool {
+        matches!(self.place, Place::Tcp { .. })
+    }
+
+    /// The name (or address in its place) that a certificate has to have; `None`: only `hostaddr` is given.
+    pub(super) fn name(&self) -> Option<&str> {
+        match &self.place {
+            Place::Tcp { name, .. } if !name.is_empty() => Some(name),
+            _ => None,
+        }
+    }
+
     pub(super) fn passfile_name(&self) -> String {
         match &self.place {
             Place::DefaultSocket => "localhost".into(),

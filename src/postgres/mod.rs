@@ -2,7 +2,7 @@
 //!
 //! The replication connection is a thin layer of our own: framing, start-up, authentication, physical streaming and base backups.
 //! The server is not trusted (I17): every length is checked before use, and memory is bounded by this room, not by the sender.
-//! Settings are libpq's. Nothing here decides what is acknowledged; `WalStream::send_status` sends what it is told.
+//! Settings are libpq's, TLS and its rules for certificates included (`tls`). Nothing here decides what is acknowledged; `WalStream::send_status` sends what it is told.
 //!
 //! Not here: what the WAL says (`wal`), where it is kept, when to connect again.
 
@@ -10,6 +10,7 @@ mod answer;
 mod base_backup;
 mod conninfo;
 mod control_file;
+mod door;
 mod error;
 mod files;
 #[doc(hidden)]
@@ -23,6 +24,7 @@ mod shown;
 mod socket;
 mod sql;
 mod startup;
+mod tls;
 mod wal_stream;
 mod wire;
 
@@ -33,5 +35,7 @@ pub use replication::{CreateOutcome, ReplicationConnection, SlotState, StartOutc
 pub use secret::Secret;
 pub use settings::ConnectSettings;
 pub use shown::shown_duration;
+pub use socket::Transport;
 pub use sql::{ReplicationPlaces, RoleInfo, SlotInfo, Sql};
+pub use tls::{SslMode, TlsError};
 pub use wal_stream::{EndOfStream, WalMessage, WalStream};

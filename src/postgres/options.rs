@@ -11,7 +11,7 @@ use super::{PostgresError, files};
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Treatment {
     Honoured,
-    /// Means nothing on a connection without TLS and Kerberos: accepted, as in a line copied from `primary_conninfo`.
+    /// Changes nothing that Walden does: accepted, as in a line copied from `primary_conninfo`.
     NoEffect,
     /// These values change nothing and are accepted; any other is refused, since ignoring it would be wrong.
     Only(&'static [&'static str]),
@@ -41,31 +41,38 @@ const OPTIONS: &[(&str, &str, Treatment)] = &[
     ("keepalives_interval", "", Honoured),
     ("keepalives_count", "", Honoured),
     ("tcp_user_timeout", "", Honoured),
-    ("channel_binding", "PGCHANNELBINDING", Only(&["disable", "prefer"])),
+    ("channel_binding", "PGCHANNELBINDING", Honoured),
     ("gssencmode", "PGGSSENCMODE", Only(&["disable", "prefer"])),
-    ("load_balance_hosts", "PGLOADBALANCEHOSTS", Only(&["disable"])),
+    ("load_balance_hosts", "PGLOADBALANCEHOSTS", Honoured),
     ("replication", "", Only(&["true", "on", "yes", "1", "false", "off", "no", "0"])),
     ("requirepeer", "PGREQUIREPEER", Only(&[])),
-    ("sslnegotiation", "PGSSLNEGOTIATION", Only(&["postgres"])),
+    ("sslnegotiation", "PGSSLNEGOTIATION", Honoured),
     // Walden reads numbers and names only and always asks for UTF-8.
     ("client_encoding", "", NoEffect),
     ("sslcompression", "PGSSLCOMPRESSION", NoEffect),
-    ("sslcert", "PGSSLCERT", NoEffect),
-    ("sslkey", "PGSSLKEY", NoEffect),
+    ("sslcert", "PGSSLCERT", Honoured),
+    ("sslkey", "PGSSLKEY", Honoured),
+    // Opens an encrypted key, and such a key is refused when it is read.
     ("sslpassword", "", NoEffect),
-    ("sslcertmode", "PGSSLCERTMODE", Only(&["disable", "allow"])),
-    ("sslrootcert", "PGSSLROOTCERT", NoEffect),
-    ("sslcrl", "PGSSLCRL", NoEffect),
-    ("sslcrldir", "PGSSLCRLDIR", NoEffect),
-    ("sslsni", "PGSSLSNI", NoEffect),
-    ("ssl_min_protocol_version", "PGSSLMINPROTOCOLVERSION", NoEffect),
-    ("ssl_max_protocol_version", "PGSSLMAXPROTOCOLVERSION", NoEffect),
+    ("sslcertmode", "PGSSLCERTMODE", Honoured),
+    ("sslrootcert", "PGSSLROOTCERT", Honoured),
+    ("sslcrl", "PGSSLCRL", Honoured),
+    ("sslcrldir", "PGSSLCRLDIR", Honoured),
+    ("sslsni", "PGSSLSNI", Honoured),
+    ("ssl_min_protocol_version", "PGSSLMINPROTOCOLVERSION", Honoured),
+    ("ssl_max_protocol_version", "PGSSLMAXPROTOCOLVERSION", Honoured),
     ("min_protocol_version", "PGMINPROTOCOLVERSION", Only(&["3.0"])),
     ("max_protocol_version", "PGMAXPROTOCOLVERSION", NoEffect),
     ("krbsrvname", "PGKRBSRVNAME", NoEffect),
     ("gsslib", "PGGSSLIB", NoEffect),
     ("gssdelegation", "PGGSSDELEGATION", NoEffect),
-    ("sslkeylogfile", "", NoEffect),
+    ("sslkeylogfile", "", Only(&[])),
+    ("scram_client_key", "", Only(&[])),
+    ("scram_server_key", "", Only(&[])),
+    ("oauth_issuer", "", Only(&[])),
+    ("oauth_client_id", "", Only(&[])),
+    ("oauth_client_secret", "", Only(&[])),
+    ("oauth_scope", "", Only(&[])),
 ];
 
 /// The options with what was given for them; empty values count as not given, as in libpq.
@@ -93,6 +100,10 @@ impl Options {
             .filter_map(|(option, variable, _)| of_env(variable).map(|value| ((*option).to_owned(), value)))
             .collect();
         options.fill(&from_env, false)?;
+        // libpq's old name for sslmode=require.
+        if of_env("PGREQUIRESSL").is_some_and(|value| value.starts_with('1')) {
+            options.fill(&vec![("sslmode".into(), "require".into())], false)?;
+        }
         Ok(options)
     }
 
@@ -121,7 +132,7 @@ impl Options {
                 && !values.contains(&value.as_str())
             {
                 let why = match values {
-                    [] => "Walden cannot enforce it yet".into(),
+                    [] => "Walden cannot do what it asks for".into(),
                     values => format!("Walden knows {} here", values.join(", ")),
                 };
                 return Err(PostgresError::UnsupportedOption { option: (*option).into(), why });
@@ -190,6 +201,9 @@ mod tests {
         let options = gather("", &env).unwrap();
         assert_eq!((options.get("host"), options.get("user"), options.get("port")), (Some("d"), Some("eu"), Some("1")));
         assert_eq!(gather("host=a host=b", &[]).unwrap().get("host"), Some("b"));
+        assert_eq!(gather("", &[("PGREQUIRESSL", "1")]).unwrap().get("sslmode"), Some("require"));
+        let env = [("PGREQUIRESSL", "1"), ("PGSSLMODE", "prefer")];
+        assert_eq!(gather("", &env).unwrap().get("sslmode"), Some("prefer"));
     }
 
     #[test]
@@ -197,7 +211,8 @@ mod tests {
         let error = |url: &str| gather(url, &[]).err().unwrap().to_string();
         assert!(error("hots=a").contains("hots") && error("hots=a").contains("did you mean host?"));
         assert!(error("requirepeer=postgres").contains("requirepeer"));
-        assert!(error("channel_binding=require").contains("channel_binding"));
+        assert!(error("gssencmode=require").contains("gssencmode"));
+        assert!(error("sslkeylogfile=/tmp/keys").contains("sslkeylogfile"));
         assert!(gather("sslcompression=0 krbsrvname=postgres gssencmode=prefer sslsni=1", &[]).is_ok());
     }
 }

@@ -87,7 +87,7 @@ impl ReplicationConnection {
 
     async fn connect_as(settings: &ConnectSettings, wanted: SessionAttributes) -> Result<Self, PostgresError> {
         let mut last = None;
-        for (index, host) in settings.hosts.iter().enumerate() {
+        for (index, host) in settings.order() {
             let limit = settings.connect_timeout;
             let attempt = tokio::time::timeout(limit, Self::connect_host(settings, host, index, wanted)).await;
             match attempt.unwrap_or_else(|_| Err(PostgresError::ConnectTimeout { target: host.to_string(), limit })) {
@@ -157,6 +157,16 @@ impl ReplicationConnection {
     /// Host and port or socket, for people.
     pub fn target(&self) -> &str {
         &self.target
+    }
+
+    /// How the connection runs and whom it vouches for, for people: "TLS 1.3, certificate verified".
+    pub fn security(&self) -> String {
+        self.wire.security()
+    }
+
+    /// TCP to another host on which nothing proves that it is the right one.
+    pub fn may_be_another(&self) -> bool {
+        self.wire.may_be_another()
     }
 
     /// Which of the settings' hosts this is; for `ConnectSettings::only_host`.

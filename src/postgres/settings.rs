@@ -6,6 +6,7 @@ use super::conninfo::shown;
 use super::files::{self, PassfileAnswer};
 use super::hosts::{Host, Keepalive, hosts, keepalive};
 use super::options::Options;
+use super::tls::{TlsSettings, choose};
 use super::{PostgresError, Secret};
 
 /// Where and how to connect: libpq's settings, resolved once. Passwords in files are read anew at each connect.
@@ -27,6 +28,9 @@ pub struct ConnectSettings {
     pub(super) keepalive: Option<Keepalive>,
     pub(super) session: SessionAttributes,
     pub(super) allowed: AllowedMethods,
+    pub(super) tls: TlsSettings,
+    /// `load_balance_hosts=random`: hosts and their addresses are tried in any order.
+    pub(super) shuffle: bool,
 }
 
 /// `target_session_attrs`.
@@ -68,10 +72,10 @@ pub(super) struct AllowedMethods {
 }
 
 impl AllowedMethods {
-    const ALL: Self = Self { none: true, password: true, md5: true, scram: true };
+    pub(super) const ALL: Self = Self { none: true, password: true, md5: true, scram: true };
 
     /// `a,b` allows these alone, `!a,!b` all but these.
-    fn parse(text: &str) -> Result<Self, PostgresError> {
+    pub(super) fn parse(text: &str) -> Result<Self, PostgresError> {
         let wrong = |method: &str| PostgresError::UnsupportedOption {
             option: "require_auth".into(),
             why: format!("\"{}\" is not one of none, password, md5, scram-sha-256", shown(method)),
@@ -102,6 +106,19 @@ impl AllowedMethods {
     }
 }
 
+impl AllowedMethods {
+    /// The method that an authentication request stands for, if it is excluded. `exchanged`: it is not the first request.
+    pub(super) fn refuses(self, kind: u32, exchanged: bool) -> Option<&'static str> {
+        match kind {
+            0 if !exchanged && !self.none => Some("none"),
+            3 if !self.password => Some("password"),
+            5 if !self.md5 => Some("md5"),
+            10 if !self.scram => Some("scram-sha-256"),
+            _ => None,
+        }
+    }
+}
+
 impl ConnectSettings {
     /// Resolves `postgres.url` (URL or key=value; empty: DATABASE_URL, then PG* alone) with libpq's defaults.
     ///
@@ -115,7 +132,6 @@ impl ConnectSettings {
         env: &dyn Fn(&str) -> Option<String>,
     ) -> Result<Self, PostgresError> {
         let options = Options::gather(url, env)?;
-        refuse_tls(&options)?;
         let user = match options.owned("user") {
             Some(user) => user,
             None => whoami::username()
@@ -131,11 +147,12 @@ impl ConnectSettings {
                 why: "it must be any, read-write, read-only, primary, standby or prefer-standby".into(),
             })?,
         };
-        let passfile = match (options.get("passfile"), env("HOME")) {
-            (Some(path), _) => Some(PathBuf::from(path)),
-            (None, Some(home)) if !home.is_empty() => Some(Path::new(&home).join(".pgpass")),
-            (None, _) => None,
+        let home = env("HOME").filter(|home| !home.is_empty()).map(PathBuf::from);
+        let passfile = match options.get("passfile") {
+            Some(path) => Some(PathBuf::from(path)),
+            None => home.as_ref().map(|home| home.join(".pgpass")),
         };
+        let balance = options.get("load_balance_hosts").unwrap_or("disable");
         let connect_timeout = match options.number("connect_timeout")? {
             None => connect_timeout,
             // libpq: no limit. A day is as good, and nothing here waits for ever.
@@ -159,6 +176,8 @@ impl ConnectSettings {
             keepalive: keepalive(&options)?,
             session,
             allowed: options.get("require_auth").map_or(Ok(AllowedMethods::ALL), AllowedMethods::parse)?,
+            tls: TlsSettings::resolve(&options, home.as_deref())?,
+            shuffle: choose("load_balance_hosts", balance, &[("disable", false), ("random", true)])?,
         })
     }
 
@@ -173,6 +192,15 @@ impl ConnectSettings {
     /// The hosts as they are printed, in the order in which they are tried.
     pub fn targets(&self) -> Vec<String> {
         self.hosts.iter().map(Host::to_string).collect()
+    }
+
+    /// The hosts with their numbers, in the order in which they are to be tried now.
+    pub(super) fn order(&self) -> Vec<(usize, &Host)> {
+        let mut order: Vec<_> = self.hosts.iter().enumerate().collect();
+        if self.shuffle {
+            order.sort_by_cached_key(|_| uuid::Uuid::new_v4());
+        }
+        order
     }
 
     /// The same settings with the host numbered `index` alone, as `ReplicationConnection::host_index` tells it: so that a second
@@ -210,19 +238,6 @@ impl fmt::Display for ConnectSettings {
     }
 }
 
-fn refuse_tls(options: &Options) -> Result<(), PostgresError> {
-    match options.get("sslmode") {
-        None | Some("disable" | "allow" | "prefer") => Ok(()),
-        Some(mode @ ("require" | "verify-ca" | "verify-full")) => {
-            Err(PostgresError::TlsUnsupported { sslmode: mode.into() })
-        }
-        Some(mode) => Err(PostgresError::settings(format!(
-            "sslmode \"{}\" does not exist (disable, allow, prefer, require, verify-ca, verify-full)",
-            shown(mode)
-        ))),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -242,9 +257,8 @@ mod tests {
             "port=70000",
             "hostaddr=nohost",
             "host=a,b hostaddr=1.1.1.1",
-            "sslmode=require",
-            "sslmode=verify-full",
             "sslmode=maybe",
+            "load_balance_hosts=maybe",
             "target_session_attrs=fast",
             "connect_timeout=soon",
             "require_auth=gss",
@@ -253,8 +267,6 @@ mod tests {
         ] {
             assert!(resolve(url, &[]).is_err(), "{url}");
         }
-        let error = resolve("sslmode=verify-full", &[]).err().unwrap().to_string();
-        assert!(error.contains("TLS is not supported yet"), "{error}");
     }
 
     #[test]

@@ -1,6 +1,7 @@
-//! The byte stream to a server: TCP or a Unix socket; TLS will be a further variant. Also a guard that bounds the frames which
-//! `tokio-postgres` reads.
+//! The byte stream to a server: TCP, TLS over it, or a Unix socket. Also a guard that bounds the frames which `tokio-postgres` reads, and
+//! holds back authentications that `require_auth` excludes.
 
+use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -13,20 +14,89 @@ use tokio::net::{TcpStream, UnixStream};
 
 use super::PostgresError;
 use super::hosts::{Host, Keepalive, Place};
+use super::settings::AllowedMethods;
+use super::tls::{TlsFacts, TlsSocket};
 
 #[derive(Debug)]
 pub(super) enum Socket {
     Tcp(TcpStream),
+    Tls(Box<TlsSocket>),
     Unix(UnixStream),
     #[cfg(test)]
     Scripted(tokio::io::DuplexStream),
 }
 
+/// How a connection runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transport {
+    Socket,
+    /// TCP without TLS.
+    Plain,
+    Tls,
+}
+
+impl fmt::Display for Transport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Socket => "over the Unix socket",
+            Self::Plain => "without TLS",
+            Self::Tls => "over TLS",
+        })
+    }
+}
+
 impl Socket {
-    /// Connects to one host; of several addresses of a name the first that answers. The caller bounds the time.
-    pub(super) async fn connect(host: &Host, keepalive: Option<Keepalive>) -> Result<Self, PostgresError> {
+    pub(super) fn tls(&self) -> Option<&TlsFacts> {
+        match self {
+            Self::Tls(socket) => Some(&socket.facts),
+            _ => None,
+        }
+    }
+
+    pub(super) fn security(&self) -> String {
+        match (self.tls(), self.transport()) {
+            (Some(tls), _) => {
+                let verified = match (tls.is_verified, tls.is_for_host) {
+                    (true, true) => "certificate and host verified",
+                    (true, false) => "certificate verified, host not compared",
+                    (false, _) => "certificate not verified",
+                };
+                format!("{}, {verified}", tls.version)
+            }
+            (None, Transport::Socket) => "Unix socket".to_owned(),
+            (None, _) => "no TLS".to_owned(),
+        }
+    }
+
+    /// TCP to another machine without a certificate that proves whose it is.
+    pub(super) fn may_be_another(&self) -> bool {
+        let (stream, is_verified) = match self {
+            Self::Tcp(stream) => (stream, false),
+            Self::Tls(socket) => (socket.stream.get_ref().0, socket.facts.is_verified && socket.facts.is_for_host),
+            _ => return false,
+        };
+        !is_verified && stream.peer_addr().is_ok_and(|peer| !peer.ip().to_canonical().is_loopback())
+    }
+
+    pub(super) fn transport(&self) -> Transport {
+        match self {
+            Self::Tcp(_) => Transport::Plain,
+            Self::Tls(_) => Transport::Tls,
+            Self::Unix(_) => Transport::Socket,
+            #[cfg(test)]
+            Self::Scripted(_) => Transport::Plain,
+        }
+    }
+
+    /// Connects to one host; of several addresses of a name the first that answers, in any order with `shuffle`. The caller bounds the
+    /// time.
+    pub(super) async fn connect(
+        host: &Host,
+        keepalive: Option<Keepalive>,
+        shuffle: bool,
+    ) -> Result<Self, PostgresError> {
         let failed = |source| PostgresError::Connect { target: host.to_string(), source };
-        let addresses: Vec<SocketAddr> = match &host.place {
+        let mut addresses: Vec<SocketAddr> = match &host.place {
             Place::Socket(_) | Place::DefaultSocket => {
                 let path = host.socket_path().unwrap_or_default();
                 return UnixStream::connect(path).await.map(Self::Unix).map_err(failed);
@@ -36,6 +106,9 @@ impl Socket {
                 tokio::net::lookup_host((name.as_str(), host.port)).await.map_err(failed)?.collect()
             }
         };
+        if shuffle {
+            addresses.sort_by_cached_key(|_| uuid::Uuid::new_v4());
+        }
         let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
         for address in addresses {
             match TcpStream::connect(address).await {
@@ -69,6 +142,7 @@ impl AsyncRead for Socket {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
             Self::Tcp(stream) => Pin::new(stream).poll_read(cx, buf),
+            Self::Tls(socket) => Pin::new(&mut socket.stream).poll_read(cx, buf),
             Self::Unix(stream) => Pin::new(stream).poll_read(cx, buf),
             #[cfg(test)]
             Self::Scripted(stream) => Pin::new(stream).poll_read(cx, buf),
@@ -80,6 +154,7 @@ impl AsyncWrite for Socket {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         match self.get_mut() {
             Self::Tcp(stream) => Pin::new(stream).poll_write(cx, buf),
+            Self::Tls(socket) => Pin::new(&mut socket.stream).poll_write(cx, buf),
             Self::Unix(stream) => Pin::new(stream).poll_write(cx, buf),
             #[cfg(test)]
             Self::Scripted(stream) => Pin::new(stream).poll_write(cx, buf),
@@ -89,6 +164,7 @@ impl AsyncWrite for Socket {
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
             Self::Tcp(stream) => Pin::new(stream).poll_flush(cx),
+            Self::Tls(socket) => Pin::new(&mut socket.stream).poll_flush(cx),
             Self::Unix(stream) => Pin::new(stream).poll_flush(cx),
             #[cfg(test)]
             Self::Scripted(stream) => Pin::new(stream).poll_flush(cx),
@@ -98,6 +174,7 @@ impl AsyncWrite for Socket {
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
             Self::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
+            Self::Tls(socket) => Pin::new(&mut socket.stream).poll_shutdown(cx),
             Self::Unix(stream) => Pin::new(stream).poll_shutdown(cx),
             #[cfg(test)]
             Self::Scripted(stream) => Pin::new(stream).poll_shutdown(cx),
@@ -105,10 +182,12 @@ impl AsyncWrite for Socket {
     }
 }
 
-/// Passes bytes through and fails as soon as a message header announces more than `length_max` bytes.
+/// Passes bytes through and fails as soon as a message header announces more than `length_max` bytes, or the server asks for an
+/// authentication that is not allowed.
 ///
-/// `postgres-protocol` reserves whatever a header announces, up to 4 GiB; this keeps a hostile server from that (I17).
-/// Only for a connection without TLS negotiation, where every byte from the server belongs to a message.
+/// `postgres-protocol` reserves whatever a header announces, up to 4 GiB; this keeps a hostile server from that (I17). And
+/// `tokio-postgres` would send a password in the clear to whoever asks.
+/// Only behind the negotiation of TLS, where every byte from the server belongs to a message.
 #[derive(Debug)]
 pub(super) struct BoundedFrames<S> {
     inner: S,
@@ -117,15 +196,61 @@ pub(super) struct BoundedFrames<S> {
     /// Bytes of the current message that are still to come after its header.
     body_left: u64,
     length_max: u32,
+    /// Until the server has let us in.
+    allowed: Option<AllowedMethods>,
+    exchanged: bool,
+    /// The kind of an authentication request, byte by byte.
+    request: Option<(u32, u8)>,
 }
 
+/// The server asks for an authentication that `require_auth` excludes.
+#[derive(Debug)]
+pub(super) struct NotAllowed(pub(super) &'static str);
+
+impl fmt::Display for NotAllowed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "it asks for {}, and require_auth does not allow that", self.0)
+    }
+}
+
+impl std::error::Error for NotAllowed {}
+
 impl<S> BoundedFrames<S> {
-    pub(super) fn new(inner: S, length_max: u32) -> Self {
-        Self { inner, header: [0; 5], header_filled: 0, body_left: 0, length_max }
+    pub(super) fn new(inner: S, length_max: u32, allowed: AllowedMethods) -> Self {
+        let (header, allowed) = ([0; 5], Some(allowed));
+        Self { inner, header, header_filled: 0, body_left: 0, length_max, allowed, exchanged: false, request: None }
+    }
+
+    pub(super) fn inner(&self) -> &S {
+        &self.inner
+    }
+
+    /// A byte of an authentication request's kind.
+    fn watch_request(&mut self, byte: u8) -> io::Result<()> {
+        let Some((kind, seen)) = self.request else { return Ok(()) };
+        let (kind, seen) = (kind << 8 | u32::from(byte), seen + 1);
+        self.request = (seen < 4).then_some((kind, seen));
+        let (Some(allowed), None) = (self.allowed, self.request) else { return Ok(()) };
+        if kind == 0 {
+            self.allowed = None;
+        }
+        match allowed.refuses(kind, self.exchanged) {
+            Some(method) => Err(io::Error::new(io::ErrorKind::PermissionDenied, NotAllowed(method))),
+            None => {
+                self.exchanged = true;
+                Ok(())
+            }
+        }
     }
 
     fn watch(&mut self, mut bytes: &[u8]) -> io::Result<()> {
         while !bytes.is_empty() {
+            if self.body_left > 0 && self.request.is_some() {
+                self.watch_request(bytes[0])?;
+                self.body_left -= 1;
+                bytes = &bytes[1..];
+                continue;
+            }
             if self.body_left > 0 {
                 let skipped = bytes.len().min(usize::try_from(self.body_left).unwrap_or(usize::MAX));
                 self.body_left -= skipped as u64;
@@ -145,6 +270,7 @@ impl<S> BoundedFrames<S> {
                     ));
                 }
                 self.body_left = u64::from(length - 4);
+                self.request = (self.allowed.is_some() && self.header[0] == b'R').then_some((0, 0));
             }
         }
         Ok(())
@@ -186,12 +312,34 @@ mod tests {
         let huge = [good.as_slice(), b"D\x7f\xff\xff\xff"].concat();
         for step in 1..huge.len() {
             let feed = |bytes: &[u8]| {
-                let mut guard = BoundedFrames::new((), 1000);
+                let mut guard = BoundedFrames::new((), 1000, AllowedMethods::ALL);
                 bytes.chunks(step).try_for_each(|chunk| guard.watch(chunk))
             };
             assert!(feed(&good).is_ok());
             assert!(feed(&huge).is_err(), "step {step}");
         }
-        assert!(BoundedFrames::new((), 1000).watch(b"Z\0\0\0\x03").is_err());
+        assert!(BoundedFrames::new((), 1000, AllowedMethods::ALL).watch(b"Z\0\0\0\x03").is_err());
+    }
+
+    #[test]
+    fn a_request_that_is_not_allowed_is_held_back_however_it_is_cut() {
+        let request = |kind: u8| [b"R\0\0\0\x08\0\0\0".as_slice(), &[kind]].concat();
+        let scram = [request(10), request(11), request(12), request(0), request(3)].concat();
+        for (allowed, bytes, fine) in [
+            ("scram-sha-256", scram, true),
+            ("scram-sha-256", request(3), false),
+            ("scram-sha-256", request(5), false),
+            ("scram-sha-256", request(0), false),
+            ("md5", request(10), false),
+            ("!none", [request(5), request(0)].concat(), true),
+            ("!none", request(0), false),
+            ("none", request(0), true),
+        ] {
+            for step in 1..10 {
+                let mut guard = BoundedFrames::new((), 1000, AllowedMethods::parse(allowed).unwrap());
+                let watched = bytes.chunks(step).try_for_each(|chunk| guard.watch(chunk));
+                assert_eq!(watched.is_ok(), fine, "{allowed} {bytes:?} {step}");
+            }
+        }
     }
 }

@@ -2,20 +2,25 @@
 //!
 //! Optional: everything still works without it, less is known. Every session is read-only and each statement has a time limit.
 
+use std::error::Error;
+use std::io;
 use std::time::Duration;
 
 use tokio::task::JoinHandle;
+use tokio_postgres::config::{SslMode, SslNegotiation};
+use tokio_postgres::tls::{ChannelBinding, TlsConnect, TlsStream};
 use tokio_postgres::types::{FromSql, PgLsn, ToSql, Type};
-use tokio_postgres::{Client, NoTls, Row};
+use tokio_postgres::{Client, Row};
 
 use crate::wal::{Lsn, PgTime};
 
-use super::PostgresError;
 use super::answer::text;
 use super::error::{Asked, ServerMessage};
 use super::hosts::Host;
 use super::settings::{ConnectSettings, SessionAttributes};
-use super::socket::{BoundedFrames, Socket};
+use super::socket::{BoundedFrames, NotAllowed, Socket};
+use super::tls::{self, Binding};
+use super::{PostgresError, Secret, door};
 
 /// For one statement; the server is told less, so that it gives up first.
 const STATEMENT_LIMIT: Duration = Duration::from_secs(15);
@@ -92,10 +97,18 @@ impl Sql {
     ///
     /// The database is the one given; without one the user's, as libpq does, then `postgres`.
     pub async fn connect(settings: &ConnectSettings) -> Result<Self, PostgresError> {
+        let found = Self::connect_as(settings, settings.session).await;
+        if settings.session == SessionAttributes::PreferStandby && found.is_err() {
+            return Self::connect_as(settings, SessionAttributes::Any).await;
+        }
+        found
+    }
+
+    async fn connect_as(settings: &ConnectSettings, wanted: SessionAttributes) -> Result<Self, PostgresError> {
         let mut last = None;
-        for host in &settings.hosts {
+        for (_, host) in settings.order() {
             let limit = settings.connect_timeout;
-            match tokio::time::timeout(limit, Self::connect_host(settings, host)).await {
+            match tokio::time::timeout(limit, Self::connect_host(settings, host, wanted)).await {
                 Ok(Ok(sql)) => return Ok(sql),
                 Ok(Err(error)) => last = Some(error),
                 Err(_) => last = Some(PostgresError::ConnectTimeout { target: host.to_string(), limit }),
@@ -108,20 +121,57 @@ impl Sql {
         Err(PostgresError::NoHost { tried: settings.targets().join(", "), source: Box::new(error) })
     }
 
-    async fn connect_host(settings: &ConnectSettings, host: &Host) -> Result<Self, PostgresError> {
+    async fn connect_host(
+        settings: &ConnectSettings,
+        host: &Host,
+        wanted: SessionAttributes,
+    ) -> Result<Self, PostgresError> {
         if let Some(database) = &settings.dbname {
-            return Self::connect_database(settings, host, database).await;
+            return Self::connect_database(settings, host, database, wanted).await;
         }
-        match Self::connect_database(settings, host, &settings.user).await {
+        match Self::connect_database(settings, host, &settings.user, wanted).await {
             // invalid_catalog_name: no such database
-            Err(error) if error.sqlstate() == Some("3D000") => Self::connect_database(settings, host, "postgres").await,
+            Err(error) if error.sqlstate() == Some("3D000") => {
+                Self::connect_database(settings, host, "postgres", wanted).await
+            }
             other => other,
         }
     }
 
-    async fn connect_database(settings: &ConnectSettings, host: &Host, database: &str) -> Result<Self, PostgresError> {
+    async fn connect_database(
+        settings: &ConnectSettings,
+        host: &Host,
+        database: &str,
+        wanted: SessionAttributes,
+    ) -> Result<Self, PostgresError> {
+        let (reader, place, name) = (settings.clone(), host.clone(), database.to_owned());
+        let read = tokio::task::spawn_blocking(move || reader.password_for(&place, &name));
+        let password = read.await.map_err(|error| PostgresError::settings(error.to_string()))??;
+        let sql =
+            door::enter(settings, host, |socket| Self::log_in(socket, settings, host, database, &password)).await?;
+        sql.prepare(wanted, &host.to_string()).await?;
+        Ok(sql)
+    }
+
+    async fn log_in(
+        socket: Socket,
+        settings: &ConnectSettings,
+        host: &Host,
+        database: &str,
+        (password, note): &(Option<Secret>, String),
+    ) -> Result<Self, PostgresError> {
+        let target = host.to_string();
         let mut config = tokio_postgres::Config::new();
-        config.user(&settings.user).dbname(database).ssl_mode(tokio_postgres::config::SslMode::Disable);
+        config.user(&settings.user).dbname(database).channel_binding(match settings.tls.binding {
+            Binding::Disable => tokio_postgres::config::ChannelBinding::Disable,
+            Binding::Prefer => tokio_postgres::config::ChannelBinding::Prefer,
+            Binding::Require => tokio_postgres::config::ChannelBinding::Require,
+        });
+        match socket.tls() {
+            // It is there already; this way nothing is negotiated.
+            Some(_) => config.ssl_mode(SslMode::Require).ssl_negotiation(SslNegotiation::Direct),
+            None => config.ssl_mode(SslMode::Disable),
+        };
         if !settings.application_name.is_empty() {
             // A name of its own: as a synchronous standby only the stream may count.
             config.application_name(format!("{}_sql", settings.application_name));
@@ -129,48 +179,51 @@ impl Sql {
         if let Some(options) = &settings.options {
             config.options(options);
         }
-        let (reader, place, name) = (settings.clone(), host.clone(), database.to_owned());
-        let read = tokio::task::spawn_blocking(move || reader.password_for(&place, &name));
-        let (password, note) = read.await.map_err(|error| PostgresError::settings(error.to_string()))??;
-        if let Some(password) = &password {
+        if let Some(password) = password {
             config.password(password.expose());
         }
-        let socket = BoundedFrames::new(Socket::connect(host, settings.keepalive).await?, MESSAGE_MAX);
-        let target = host.to_string();
-        let asked = Asked::Startup { target: &target, user: &settings.user };
-        let missing = password.is_none();
-        let (client, connection) = config.connect_raw(socket, NoTls).await.map_err(|source| {
-            let why = std::error::Error::source(&source).map(ToString::to_string);
-            if missing && why.is_some_and(|why| why.contains("password missing")) {
-                return PostgresError::PasswordMissing { target: target.clone(), user: settings.user.clone(), note };
+        let asked = Asked::Startup { target: &target, user: &settings.user, over: socket.transport() };
+        let socket = BoundedFrames::new(socket, MESSAGE_MAX, settings.allowed);
+        let (client, connection) = config.connect_raw(socket, Encrypted).await.map_err(|source| {
+            let why = source.source().map(ToString::to_string).unwrap_or_default();
+            if password.is_none() && why.contains("password missing") {
+                let (target, user, note) = (target.clone(), settings.user.clone(), note.clone());
+                return PostgresError::PasswordMissing { target, user, note };
             }
-            from_sql_error(asked, source)
+            if why.contains("channel binding") {
+                let why = "it does not bind the login to the connection, as channel_binding=require wants".into();
+                return PostgresError::AuthenticationMethod { target: target.clone(), why };
+            }
+            refused_before(&source, &target).unwrap_or_else(|| from_sql_error(asked, source))
         })?;
         // Its error reaches the caller through the client, whose calls then fail.
         let connection = tokio::spawn(async move { drop(connection.await) });
-        let sql = Self { client, connection };
-        sql.prepare(settings, &target).await?;
-        Ok(sql)
+        Ok(Self { client, connection })
     }
 
-    async fn prepare(&self, settings: &ConnectSettings, target: &str) -> Result<(), PostgresError> {
-        // idle_session_timeout exists from 14 on; before, the whole batch is refused and nothing of it done.
-        if let Err(error) = self.limited(self.client.batch_execute(PREPARE)).await {
-            match error.sqlstate() {
-                Some("42704") => self.limited(self.client.batch_execute(PREPARE_13)).await?,
-                _ => return Err(error),
-            }
-        }
-        let wanted = settings.session;
+    async fn prepare(&self, wanted: SessionAttributes, target: &str) -> Result<(), PostgresError> {
+        // Before this session makes itself read-only.
         let fits = match wanted {
-            SessionAttributes::Any | SessionAttributes::PreferStandby => true,
-            SessionAttributes::ReadWrite | SessionAttributes::Primary => !self.is_in_recovery().await?,
-            SessionAttributes::ReadOnly | SessionAttributes::Standby => self.is_in_recovery().await?,
+            SessionAttributes::Any => true,
+            SessionAttributes::ReadWrite => !self.is_read_only().await?,
+            SessionAttributes::ReadOnly => self.is_read_only().await?,
+            SessionAttributes::Primary => !self.is_in_recovery().await?,
+            SessionAttributes::Standby | SessionAttributes::PreferStandby => self.is_in_recovery().await?,
         };
-        if fits {
-            return Ok(());
+        if !fits {
+            return Err(PostgresError::SessionAttributes { target: target.into(), wanted: wanted.name() });
         }
-        Err(PostgresError::SessionAttributes { target: target.into(), wanted: wanted.name() })
+        // idle_session_timeout exists from 14 on; before, the whole batch is refused and nothing of it done.
+        match self.limited(self.client.batch_execute(PREPARE)).await {
+            Err(error) if error.sqlstate() == Some("42704") => {
+                self.limited(self.client.batch_execute(PREPARE_13)).await
+            }
+            other => other,
+        }
+    }
+
+    async fn is_read_only(&self) -> Result<bool, PostgresError> {
+        self.value("SELECT pg_catalog.current_setting('transaction_read_only')::bool").await
     }
 
     async fn limited<T>(
@@ -276,6 +329,37 @@ impl Sql {
             Err(error) => Err(error),
         }
     }
+}
+
+/// A socket on which TLS is negotiated already, if it is to be.
+struct Encrypted;
+
+impl TlsConnect<BoundedFrames<Socket>> for Encrypted {
+    type Stream = BoundedFrames<Socket>;
+    type Error = io::Error;
+    type Future = std::future::Ready<io::Result<Self::Stream>>;
+
+    fn connect(self, stream: BoundedFrames<Socket>) -> Self::Future {
+        std::future::ready(Ok(stream))
+    }
+}
+
+impl TlsStream for BoundedFrames<Socket> {
+    fn channel_binding(&self) -> ChannelBinding {
+        match self.inner().tls().and_then(|tls| tls.end_point.clone()) {
+            Some(end_point) => ChannelBinding::tls_server_end_point(end_point),
+            None => ChannelBinding::none(),
+        }
+    }
+}
+
+/// What this side, or TLS, had against the login.
+fn refused_before(error: &tokio_postgres::Error, target: &str) -> Option<PostgresError> {
+    let error = error.source()?.downcast_ref::<io::Error>()?;
+    if let Some(refused) = error.get_ref().and_then(|inner| inner.downcast_ref::<NotAllowed>()) {
+        return Some(PostgresError::AuthenticationMethod { target: target.into(), why: refused.to_string() });
+    }
+    tls::of_io(error).map(|error| PostgresError::Tls { target: target.into(), source: Box::new(error) })
 }
 
 fn get<'a, T: FromSql<'a>>(row: &'a Row, index: usize) -> Result<T, PostgresError> {

@@ -4,13 +4,15 @@
 
 use bytes::{Buf, Bytes};
 use postgres_protocol::authentication::md5_hash;
-use postgres_protocol::authentication::sasl::{ChannelBinding, SCRAM_SHA_256, ScramSha256};
+use postgres_protocol::authentication::sasl::{ChannelBinding, SCRAM_SHA_256, SCRAM_SHA_256_PLUS, ScramSha256};
 use postgres_protocol::message::frontend;
 
+use super::door;
 use super::error::Asked;
 use super::hosts::Host;
 use super::settings::ConnectSettings;
-use super::socket::Socket;
+use super::socket::{Socket, Transport};
+use super::tls::{self, Binding, TlsFacts};
 use super::wire::{Wire, unexpected};
 use super::{PostgresError, Secret};
 
@@ -20,11 +22,22 @@ pub(super) const REPLICATION_DATABASE: &str = "replication";
 /// Connects to one host and goes through authentication until the server is ready for a replication command.
 /// The caller bounds the time.
 pub(super) async fn establish(settings: &ConnectSettings, host: &Host) -> Result<Wire, PostgresError> {
-    let socket = Socket::connect(host, settings.keepalive).await?;
-    log_in(socket, settings, host).await
+    door::enter(settings, host, |socket| log_in(socket, settings, host)).await
 }
 
-pub(super) async fn log_in(socket: Socket, settings: &ConnectSettings, host: &Host) -> Result<Wire, PostgresError> {
+async fn log_in(socket: Socket, settings: &ConnectSettings, host: &Host) -> Result<Wire, PostgresError> {
+    let entered = log_in_over(socket, settings, host).await;
+    entered.map_err(|error| match error {
+        PostgresError::Disconnected { source: Some(source) } => match tls::of_io(&source) {
+            Some(tls) => PostgresError::Tls { target: host.to_string(), source: Box::new(tls) },
+            None => PostgresError::Disconnected { source: Some(source) },
+        },
+        other => other,
+    })
+}
+
+async fn log_in_over(socket: Socket, settings: &ConnectSettings, host: &Host) -> Result<Wire, PostgresError> {
+    let (over, tls) = (socket.transport(), socket.tls().cloned());
     let mut wire = Wire::new(socket);
     let mut parameters = vec![("user", settings.user.as_str()), ("replication", "true"), ("client_encoding", "UTF8")];
     if !settings.application_name.is_empty() {
@@ -36,21 +49,21 @@ pub(super) async fn log_in(socket: Socket, settings: &ConnectSettings, host: &Ho
     wire.queue(|out| frontend::startup_message(parameters, out))?;
     wire.send().await?;
     let target = host.to_string();
-    Authentication { settings, host, target: &target, wire: &mut wire, exchanged: false }.run().await?;
+    Authentication { settings, host, target: &target, wire: &mut wire, over, tls, exchanged: false }.run().await?;
     wire.admitted();
     loop {
         match wire.message().await? {
             // BackendKeyData: cancel requests are never sent.
             (b'K', _) => {}
             (b'Z', _) => return Ok(wire),
-            (b'E', body) => return Err(refused(&target, settings, &body)),
+            (b'E', body) => return Err(refused(&target, settings, over, &body)),
             (tag, _) => return Err(unexpected(tag, "the authentication")),
         }
     }
 }
 
-fn refused(target: &str, settings: &ConnectSettings, body: &[u8]) -> PostgresError {
-    Asked::Startup { target, user: &settings.user }.classify(super::answer::parse_error(body))
+fn refused(target: &str, settings: &ConnectSettings, over: Transport, body: &[u8]) -> PostgresError {
+    Asked::Startup { target, user: &settings.user, over }.classify(super::answer::parse_error(body))
 }
 
 struct Authentication<'a> {
@@ -58,28 +71,36 @@ struct Authentication<'a> {
     host: &'a Host,
     target: &'a str,
     wire: &'a mut Wire,
+    over: Transport,
+    tls: Option<TlsFacts>,
     exchanged: bool,
 }
 
 impl Authentication<'_> {
     async fn run(&mut self) -> Result<(), PostgresError> {
-        let allowed = self.settings.allowed;
         loop {
             let (kind, mut body) = self.request().await?;
+            if self.exchanged && kind != 0 {
+                // A second exchange would let a hostile server collect further proofs.
+                return Err(PostgresError::protocol("the server asks for a second authentication"));
+            }
+            if let Some(method) = self.settings.allowed.refuses(kind, self.exchanged) {
+                return Err(self.cannot(&format!("it asks for {method}, and require_auth does not allow that")));
+            }
+            // Only SCRAM can bind, and does so below.
+            if self.settings.tls.binding == Binding::Require && !self.exchanged && kind != 10 {
+                return Err(
+                    self.cannot("it does not bind the login to the connection, as channel_binding=require wants")
+                );
+            }
+            self.exchanged = true;
             match kind {
-                0 => {
-                    if !self.exchanged && !allowed.none {
-                        return Err(self.cannot("it asks for none, and require_auth does not allow that"));
-                    }
-                    return Ok(());
-                }
+                0 => return Ok(()),
                 3 => {
-                    self.check(allowed.password, "password")?;
                     let password = self.password().await?;
                     self.answer(password.expose()).await?;
                 }
                 5 => {
-                    self.check(allowed.md5, "md5")?;
                     let mut salt = [0; 4];
                     body.try_copy_to_slice(&mut salt).map_err(|_| PostgresError::protocol("the md5 salt is short"))?;
                     let password = self.password().await?;
@@ -87,7 +108,6 @@ impl Authentication<'_> {
                     self.answer(hash.as_bytes()).await?;
                 }
                 10 => {
-                    self.check(allowed.scram, "scram-sha-256")?;
                     self.scram(&body).await?;
                 }
                 7..=9 => return Err(self.cannot("it asks for GSSAPI or SSPI")),
@@ -103,7 +123,7 @@ impl Authentication<'_> {
                 let kind = body.try_get_u32().map_err(|_| PostgresError::protocol("a short authentication request"))?;
                 Ok((kind, body))
             }
-            (b'E', body) => Err(refused(self.target, self.settings, &body)),
+            (b'E', body) => Err(refused(self.target, self.settings, self.over, &body)),
             (b'v', _) => Err(PostgresError::protocol("protocol 3.0 is not spoken there")),
             (tag, _) => Err(unexpected(tag, "the start-up message")),
         }
@@ -115,18 +135,6 @@ impl Authentication<'_> {
 
     fn not_proven(&self, why: impl ToString) -> PostgresError {
         PostgresError::ServerNotProven { target: self.target.into(), why: why.to_string() }
-    }
-
-    /// A second exchange would let a hostile server collect further proofs.
-    fn check(&mut self, allowed: bool, method: &str) -> Result<(), PostgresError> {
-        if self.exchanged {
-            return Err(PostgresError::protocol("the server asks for a second authentication"));
-        }
-        self.exchanged = true;
-        if allowed {
-            return Ok(());
-        }
-        Err(self.cannot(&format!("it asks for {method}, and require_auth does not allow that")))
     }
 
     async fn password(&self) -> Result<Secret, PostgresError> {
@@ -145,13 +153,46 @@ impl Authentication<'_> {
         self.wire.send().await
     }
 
-    async fn scram(&mut self, mechanisms: &[u8]) -> Result<(), PostgresError> {
-        if !mechanisms.split(|&b| b == 0).any(|name| name == SCRAM_SHA_256.as_bytes()) {
+    /// The best that server, connection and `channel_binding` have in common. "Unrequested" tells the server that we would have bound, so
+    /// that somebody in between who removed its offer is found out.
+    ///
+    /// Source: `pg_SASL_init` in PostgreSQL `src/interfaces/libpq/fe-auth.c`.
+    fn mechanism(&self, offered: &[u8]) -> Result<(&'static str, ChannelBinding), PostgresError> {
+        let offers = |wanted: &str| offered.split(|&b| b == 0).any(|name| name == wanted.as_bytes());
+        let wanted = self.settings.tls.binding;
+        let end_point = self.tls.as_ref().filter(|_| wanted != Binding::Disable).map(|tls| tls.end_point.clone());
+        if offers(SCRAM_SHA_256_PLUS) {
+            if self.tls.is_none() {
+                return Err(self.not_proven("it offers SCRAM-SHA-256-PLUS without TLS"));
+            }
+            if let Some(Some(end_point)) = end_point {
+                return Ok((SCRAM_SHA_256_PLUS, ChannelBinding::tls_server_end_point(end_point)));
+            }
+        }
+        if wanted == Binding::Require {
+            return Err(self.cannot(match end_point {
+                None => "channel_binding=require needs TLS, and this connection has none",
+                Some(None) => "the signature of its certificate has no hash that channel_binding=require could bind to",
+                Some(Some(_)) => "it does not offer SCRAM-SHA-256-PLUS, which channel_binding=require wants",
+            }));
+        }
+        if !offers(SCRAM_SHA_256) {
             return Err(self.cannot("it asks for a SASL mechanism other than SCRAM-SHA-256"));
         }
+        Ok((
+            SCRAM_SHA_256,
+            match end_point {
+                Some(Some(_)) => ChannelBinding::unrequested(),
+                _ => ChannelBinding::unsupported(),
+            },
+        ))
+    }
+
+    async fn scram(&mut self, mechanisms: &[u8]) -> Result<(), PostgresError> {
+        let (mechanism, binding) = self.mechanism(mechanisms)?;
         let password = self.password().await?;
-        let mut scram = ScramSha256::new(password.expose(), ChannelBinding::unsupported());
-        self.wire.queue(|out| frontend::sasl_initial_response(SCRAM_SHA_256, scram.message(), out))?;
+        let mut scram = ScramSha256::new(password.expose(), binding);
+        self.wire.queue(|out| frontend::sasl_initial_response(mechanism, scram.message(), out))?;
         self.wire.send().await?;
         let (11, challenge) = self.request().await? else {
             return Err(PostgresError::protocol("the SASL exchange has no challenge"));

@@ -84,6 +84,14 @@ impl Wire {
         self.parameters.get(name).map(String::as_str)
     }
 
+    pub(super) fn security(&self) -> String {
+        self.socket.security()
+    }
+
+    pub(super) fn may_be_another(&self) -> bool {
+        self.socket.may_be_another()
+    }
+
     // -- reading ------------------------------------------------------------------------------------------------------
 
     pub(super) fn buffered(&self) -> usize {

@@ -1,7 +1,9 @@
 //! Real PostgreSQL servers, each supported major that is set up.
 
 mod by_hand;
+mod certificates;
 mod check;
+mod doors;
 mod first_use;
 mod hosts;
 mod house;

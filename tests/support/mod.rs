@@ -7,6 +7,8 @@
 // Each test uses a part of this only.
 #![allow(dead_code, unused_imports)]
 
+pub mod certificates;
+pub mod doors;
 pub mod ledger;
 pub mod oracle;
 pub mod parts;

@@ -105,8 +105,17 @@ async fn ask(
     let size = size_text(size.get());
     report.add(Check::good(
         "connection",
-        format!("{name}; system {}, timeline {}, WAL segments of {size}", info.system_identifier, info.timeline),
+        format!(
+            "{name}; {}; system {}, timeline {}, WAL segments of {size}",
+            connection.security(),
+            info.system_identifier,
+            info.timeline
+        ),
     ));
+    if connection.may_be_another() {
+        let message = "nothing proves that this is the right server: its certificate and host are not verified";
+        report.add(Check::remark("tls", message, "use sslmode=verify-full with sslrootcert (see docs/operations.md)"));
+    }
     // The same server of several, whatever its place in the list.
     let sql = Sql::connect(&connect.only_host(connection.host_index())).await;
     let told = match &sql {
