@@ -25,7 +25,7 @@ pub(super) async fn establish(settings: &ConnectSettings, host: &Host) -> Result
     door::enter(settings, host, |socket| log_in(socket, settings, host)).await
 }
 
-async fn log_in(socket: Socket, settings: &ConnectSettings, host: &Host) -> Result<Wire, PostgresError> {
+pub(super) async fn log_in(socket: Socket, settings: &ConnectSettings, host: &Host) -> Result<Wire, PostgresError> {
     let entered = log_in_over(socket, settings, host).await;
     entered.map_err(|error| match error {
         PostgresError::Disconnected { source: Some(source) } => match tls::of_io(&source) {
