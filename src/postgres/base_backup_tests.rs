@@ -48,6 +48,9 @@ async fn read(script: Vec<u8>, step: usize, version: u32) -> Result<Vec<String>,
             BackupEvent::Manifest(bytes) => ("lines ", bytes),
             BackupEvent::End { stop_lsn, .. } => {
                 seen.push(format!("end {stop_lsn}"));
+                if backup.pages_damaged() {
+                    seen.extend(backup.take_warnings());
+                }
                 return Ok(seen);
             }
         };
@@ -111,11 +114,14 @@ async fn a_backup_that_is_not_whole_or_not_in_order_is_refused() {
     assert!(read(missing, 64, 13_00_00).await.is_err());
     let more = [head(), copy(&[b"a"]), copy(&[b"b"]), copy(&[b"c"]), copy(&[b"d"]), tail()].concat();
     assert!(read(more, 64, 13_00_00).await.is_err());
-    // What damaged pages look like: everything came, and then the error.
+    // What damaged pages look like: everything came, and then the error. Only then the backup is whole.
+    let warning = frame(b'N', b"SWARNUNG\0VWARNING\0C01000\0Mblock 3\0\0");
     let error = frame(b'E', b"SERROR\0CXX001\0Mchecksum verification failure\0\0");
     let whole = of_15();
-    let script = [&whole[..whole.len() - 6], &error, &frame(b'Z', b"I")].concat();
-    assert!(matches!(read(script, 64, 15_00_00).await, Err(PostgresError::PagesDamaged { .. })));
+    let script = [&warning, &whole[..whole.len() - 6], &error, &frame(b'Z', b"I")].concat();
+    assert_eq!(read(script, 64, 15_00_00).await.unwrap().last().unwrap(), "block 3");
+    let early = [&head(), &error, &frame(b'Z', b"I")].map(|part| part.as_slice()).concat();
+    assert!(matches!(read(early, 64, 13_00_00).await, Err(PostgresError::PagesDamaged { .. })));
 }
 
 #[tokio::test]
