@@ -72,7 +72,9 @@ impl Socket {
     pub(super) fn may_be_another(&self) -> bool {
         let (stream, is_verified) = match self {
             Self::Tcp(stream) => (stream, false),
-            Self::Tls(socket) => (socket.stream.get_ref().0, socket.facts.is_verified && socket.facts.is_for_host),
+            Self::Tls(socket) => {
+                (socket.stream.get_ref().0.get_ref(), socket.facts.is_verified && socket.facts.is_for_host)
+            }
             _ => return false,
         };
         !is_verified && stream.peer_addr().is_ok_and(|peer| !peer.ip().to_canonical().is_loopback())

@@ -1,14 +1,7 @@
 //! The certificate table: servers' certificates of every kind, believed and refused by PostgreSQL's own programs and by Walden alike.
 
-use std::process::Command;
-use std::time::Duration;
-
 use crate::support::certificates::{Identity, authority, named, server};
 use crate::support::doors::Doors;
-use crate::support::parts;
-use crate::support::walden::finish;
-
-const LIMIT: Duration = Duration::from_secs(30);
 
 /// What a server's certificate must be, by libpq's rules, for each thing that it can get wrong.
 #[test]
@@ -132,6 +125,10 @@ fn certificates_are_believed_as_psql_believes_them() {
     let second = first.issue(authority("Second")).into_v1(Some(&first));
     doors.serve(&second.issue(server(&name)), &[&second]);
     doors.table(&[("v1 in the middle", full, Err("authority \"Second\" cannot be trusted|no authority"))]);
+
+    // Keys of another time.
+    doors.serve_weak("db.example.test");
+    doors.table(&[("RSA of 1024 bits", "sslmode=require", Err("RSA key of less than 2048 bits"))]);
 }
 
 /// What authorities may and may not do.
@@ -225,7 +222,7 @@ fn authorities_are_held_to_their_limits_as_by_psql() {
     ]);
     let folder = doors.stage.make_dir("lists");
     let list = |name: &str, content: &str| doors.file(&format!("lists/{name}"), content);
-    let hashed = hash_of(&doors, "root.crt");
+    let hashed = doors.hash_of("root.crt");
     list(&format!("{hashed}.r0"), &top.revoke(&[7], 2080));
     doors.table(&[("listed in a folder", &format!("{full} sslcrldir={}", folder.display()), Err("revoked"))]);
     doors.serve(&top.issue(revoked(8)), &[]);
@@ -244,11 +241,4 @@ fn authorities_are_held_to_their_limits_as_by_psql() {
     assert!(doors.psql(&missing, &[]).is_ok());
     let (replication, sql) = doors.walden(&missing, &[]);
     assert!(replication.is_err_and(|why| why.contains("missing.crl")) && sql.is_err());
-}
-
-/// The file name under which OpenSSL looks for an authority's list.
-fn hash_of(doors: &Doors, file: &str) -> String {
-    let mut command = Command::new(parts::tool("openssl"));
-    command.args(["x509", "-noout", "-subject_hash", "-in"]).arg(doors.stage.join(file));
-    finish(command, LIMIT).stdout.trim().to_owned()
 }

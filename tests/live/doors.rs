@@ -361,6 +361,7 @@ fn renewed_certificates_count_without_a_restart() {
     let said = walden.ok(&["check"]);
     assert!(said.contains("TLS 1.3, certificate and host verified"), "{said}");
     let mut agent = walden.run_connected();
+    walden.ok(&["backup"]);
     let end_streams =
         || doors.server.psql("SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE active");
     for (name, params, words) in [

@@ -86,6 +86,26 @@ impl Doors {
         self.set(&[("ssl_cert_file", &certificate), ("ssl_key_file", &key), ("ssl", "on")]);
     }
 
+    /// As `serve`, for a certificate that is signed by itself with a key that only `openssl` still makes.
+    #[track_caller]
+    pub fn serve_weak(&self, name: &str) {
+        let (certificate, key) = (self.file("weak.crt", ""), self.file("weak.key", ""));
+        let mut command = Command::new(parts::tool("openssl"));
+        command.args(["req", "-x509", "-newkey", "rsa:1024", "-nodes", "-days", "30", "-subj", &format!("/CN={name}")]);
+        command.arg("-out").arg(&certificate).arg("-keyout").arg(&key);
+        let done = finish(command, LIMIT);
+        assert_eq!(done.code, Some(0), "{done:?}");
+        let (certificate, key) = (certificate.display().to_string(), key.display().to_string());
+        self.set(&[("ssl_cert_file", &certificate), ("ssl_key_file", &key), ("ssl", "on")]);
+    }
+
+    /// The name under which OpenSSL looks for an authority's list in a folder.
+    pub fn hash_of(&self, file: &str) -> String {
+        let mut command = Command::new(parts::tool("openssl"));
+        command.args(["x509", "-noout", "-subject_hash", "-in"]).arg(self.stage.join(file));
+        finish(command, LIMIT).stdout.trim().to_owned()
+    }
+
     /// A file in the test's folder, with its path.
     pub fn file(&self, name: &str, content: &str) -> PathBuf {
         self.stage.write(name, content)

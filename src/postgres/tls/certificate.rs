@@ -1,6 +1,6 @@
-//! What a certificate and a revocation list say, X.509 v1 included. Only read here; whether it is believed is for `chain` and `names`.
+//! What a certificate says, X.509 v1 included. Only read here; whether it is believed is for `chain` and `names`.
 //!
-//! Source: RFC 5280, "Certificate and Certificate Extensions Profile" and "CRL and CRL Extensions Profile".
+//! Source: RFC 5280, "Certificate and Certificate Extensions Profile".
 
 use rustls::crypto::WebPkiSupportedAlgorithms;
 use sha2::{Digest, Sha224, Sha256, Sha384, Sha512};
@@ -14,7 +14,8 @@ const COMMON_NAME: &[u8] = &[0x55, 0x04, 0x03];
 const ORGANIZATION: &[u8] = &[0x55, 0x04, 0x0a];
 const ORGANIZATIONAL_UNIT: &[u8] = &[0x55, 0x04, 0x0b];
 /// `id-ce`, whose members are the standard extensions.
-const EXTENSIONS: &[u8] = &[0x55, 0x1d];
+pub(super) const EXTENSIONS: &[u8] = &[0x55, 0x1d];
+const RSA: &[u8] = &[0x2a, 0x86, 0x48, 0x86, 0xf7, 0x0d, 1, 1, 1];
 const SERVER_AUTH: &[u8] = &[0x2b, 6, 1, 5, 5, 7, 3, 1];
 const SIGN_CERTIFICATES: u16 = 1 << 5;
 const SIGN_LISTS: u16 = 1 << 6;
@@ -46,9 +47,9 @@ pub(super) struct Certificate<'a> {
 
 /// The signed part, and its signature.
 #[derive(Clone, Copy, Debug)]
-struct Signed<'a> {
-    content: &'a [u8],
-    algorithm: &'a [u8],
+pub(super) struct Signed<'a> {
+    pub(super) content: &'a [u8],
+    pub(super) algorithm: &'a [u8],
     signature: &'a [u8],
 }
 
@@ -76,10 +77,7 @@ pub(super) enum BadSignature {
 }
 
 impl<'a> Signed<'a> {
-    fn parse(der: &'a [u8]) -> Result<Self, Malformed> {
-        if der.len() > SIZE_MAX {
-            return Err(Malformed);
-        }
+    pub(super) fn parse(der: &'a [u8]) -> Result<Self, Malformed> {
         let mut outer = Reader::new(der);
         let mut parts = outer.inside(der::SEQUENCE)?;
         outer.end()?;
@@ -90,7 +88,11 @@ impl<'a> Signed<'a> {
         Ok(Self { content, algorithm, signature })
     }
 
-    fn check(&self, by: &Certificate<'_>, algorithms: &WebPkiSupportedAlgorithms) -> Result<(), BadSignature> {
+    pub(super) fn check(
+        &self,
+        by: &Certificate<'_>,
+        algorithms: &WebPkiSupportedAlgorithms,
+    ) -> Result<(), BadSignature> {
         let mut found = Err(BadSignature::Unsupported);
         for algorithm in algorithms.all {
             if algorithm.signature_alg_id().as_ref() == self.algorithm
@@ -98,6 +100,7 @@ impl<'a> Signed<'a> {
             {
                 found = match algorithm.verify_signature(by.key, self.content, self.signature) {
                     Ok(()) => return Ok(()),
+                    Err(_) if by.has_weak_key() => Err(BadSignature::Unsupported),
                     Err(_) => Err(BadSignature::Wrong),
                 };
             }
@@ -108,6 +111,9 @@ impl<'a> Signed<'a> {
 
 impl<'a> Certificate<'a> {
     pub(super) fn parse(der: &'a [u8]) -> Result<Self, Malformed> {
+        if der.len() > SIZE_MAX {
+            return Err(Malformed);
+        }
         let signed = Signed::parse(der)?;
         let mut fields = Reader::new(signed.content).inside(der::SEQUENCE)?;
         let version = match fields.optional(constructed(0))? {
@@ -214,7 +220,7 @@ impl<'a> Certificate<'a> {
         }
     }
 
-    fn may_sign_lists(&self) -> bool {
+    pub(super) fn may_sign_lists(&self) -> bool {
         self.key_usage.is_none_or(|usage| usage & SIGN_LISTS != 0)
     }
 
@@ -225,6 +231,13 @@ impl<'a> Certificate<'a> {
 
     pub(super) fn may_serve(&self) -> bool {
         self.key_usage.is_none_or(|usage| usage & SERVE != 0)
+    }
+
+    /// An RSA key of less than 2048 bits, which no signature is believed of.
+    pub(super) fn has_weak_key(&self) -> bool {
+        let is_rsa = Reader::new(self.key_algorithm).oid() == Ok(RSA);
+        let modulus = Reader::new(self.key).inside(der::SEQUENCE).and_then(|mut parts| parts.body(der::INTEGER));
+        is_rsa && modulus.is_ok_and(|modulus| modulus.iter().skip_while(|&&byte| byte == 0).count() < 256)
     }
 
     /// The first common name, as bytes.
@@ -287,70 +300,7 @@ fn pss_hash(mut parameters: Reader<'_>) -> Option<u32> {
     }
 }
 
-/// The serial numbers that an authority has taken back.
-#[derive(Clone, Debug)]
-pub(super) struct RevocationList<'a> {
-    signed: Signed<'a>,
-    pub(super) issuer: &'a [u8],
-    pub(super) this_update: i64,
-    pub(super) next_update: Option<i64>,
-    revoked: &'a [u8],
-    /// It covers only a part, or says something that is not understood: it proves nothing.
-    pub(super) is_partial: bool,
-}
-
-impl<'a> RevocationList<'a> {
-    /// Lists may be long; their size was bounded when the file was read.
-    pub(super) fn parse(der: &'a [u8]) -> Result<Self, Malformed> {
-        let mut parts = Reader::new(der).inside(der::SEQUENCE)?;
-        let content = parts.element(der::SEQUENCE)?;
-        let algorithm = parts.body(der::SEQUENCE)?;
-        let signed = Signed { content: content.whole, algorithm, signature: parts.bytes_of_bits()? };
-        let mut fields = Reader::new(content.body);
-        fields.optional(der::INTEGER)?;
-        if fields.body(der::SEQUENCE)? != algorithm {
-            return Err(Malformed);
-        }
-        let issuer = fields.element(der::SEQUENCE)?.whole;
-        let this_update = fields.time()?;
-        let before = fields;
-        let next_update = match fields.any() {
-            Ok(element) if matches!(element.tag, der::UTC_TIME | der::GENERALIZED_TIME) => {
-                Some(Reader::new(element.whole).time()?)
-            }
-            _ => {
-                fields = before;
-                None
-            }
-        };
-        let revoked = fields.optional(der::SEQUENCE)?.unwrap_or_default();
-        let mut is_partial = false;
-        if let Some(extensions) = fields.optional(constructed(0))? {
-            for_extensions(extensions, |id, critical, _| {
-                // The list's number (20) and the issuer's key (35) are only for finding it.
-                is_partial |= critical && !matches!(id.strip_prefix(EXTENSIONS), Some([20 | 35]));
-                Ok(())
-            })?;
-        }
-        Ok(Self { signed, issuer, this_update, next_update, revoked, is_partial })
-    }
-
-    pub(super) fn is_signed_by(&self, by: &Certificate<'_>, known: &WebPkiSupportedAlgorithms) -> bool {
-        by.may_sign_lists() && self.signed.check(by, known).is_ok()
-    }
-
-    pub(super) fn names(&self, serial: &[u8]) -> Result<bool, Malformed> {
-        let mut entries = Reader::new(self.revoked);
-        while !entries.is_empty() {
-            if entries.inside(der::SEQUENCE)?.body(der::INTEGER)? == serial {
-                return Ok(true);
-            }
-        }
-        Ok(false)
-    }
-}
-
-fn for_extensions<'a>(
+pub(super) fn for_extensions<'a>(
     list: &'a [u8],
     mut each: impl FnMut(&'a [u8], bool, &'a [u8]) -> Result<(), Malformed>,
 ) -> Result<(), Malformed> {

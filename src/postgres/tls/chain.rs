@@ -10,9 +10,10 @@
 use rustls::crypto::WebPkiSupportedAlgorithms;
 use rustls::pki_types::{CertificateDer, CertificateRevocationListDer};
 
-use super::certificate::{BadSignature, Certificate, RevocationList, shown_name};
+use super::certificate::{BadSignature, Certificate, shown_name};
 use super::error::TlsError;
 use super::names;
+use super::revocation::RevocationList;
 
 /// OpenSSL's limit is 100; nobody has such chains, and each step costs a signature.
 const DEPTH_MAX: usize = 10;
@@ -114,7 +115,10 @@ impl<'a> Search<'a> {
             if let Err(bad) = last.is_signed_by(&issuer, self.algorithms) {
                 let why = match bad {
                     BadSignature::Wrong => format!("\"{}\" did not sign it", shown_name(last.issuer)),
-                    BadSignature::Unsupported => "its signature or key is of a kind that is not accepted".to_owned(),
+                    BadSignature::Unsupported => {
+                        "its signature is of a kind that is not accepted (SHA-1, or RSA of less than 2048 bits)"
+                            .to_owned()
+                    }
                 };
                 self.bad_signature.get_or_insert(unfit(&last, path.len() - 1, why));
                 continue;

@@ -36,6 +36,10 @@ pub enum TlsError {
     Unfit { who: String, why: String },
     #[error("the server's certificate cannot be read")]
     Unreadable,
+    #[error("the server's certificate has an RSA key of less than 2048 bits")]
+    WeakKey,
+    #[error("the server did not prove that it holds the key of its certificate")]
+    KeyNotProven,
     #[error("the server did not ask for a client certificate, and sslcertmode=require asks for one")]
     NoCertificateAsked,
     #[error("sslcertmode=require asks for a client certificate, and there is none to send")]
@@ -80,7 +84,7 @@ impl TlsError {
             Self::NoRevocationList { .. } | Self::OldRevocationList { .. } => {
                 "put a current list of that authority into the file or folder that sslcrl or sslcrldir name"
             }
-            Self::Unfit { .. } | Self::Unreadable => "make the server a new certificate",
+            Self::Unfit { .. } | Self::Unreadable | Self::WeakKey => "make the server a new certificate",
             Self::NoCertificateAsked => {
                 "on the server: set ssl_ca_file, so that it asks for certificates; or drop sslcertmode"
             }
@@ -92,6 +96,7 @@ impl TlsError {
             Self::NothingInCommon { .. } => {
                 "Walden speaks TLS 1.2 and 1.3: compare ssl_min_protocol_version and ssl_max_protocol_version here and on the server"
             }
+            Self::KeyNotProven => "make sure that host and port lead to your own server, and nobody in between",
             Self::Handshake { .. } => {
                 "look into the server's log; make sure that host and port lead to a PostgreSQL server"
             }

@@ -9,6 +9,7 @@ mod der;
 mod error;
 mod files;
 mod names;
+mod revocation;
 mod settings;
 #[cfg(test)]
 mod tests;
@@ -23,6 +24,7 @@ use rustls::crypto::CryptoProvider;
 use rustls::pki_types::ServerName;
 use rustls::sign::CertifiedKey;
 use rustls::{AlertDescription, CertificateError, ClientConfig, InconsistentKeys, ProtocolVersion, SignatureScheme};
+use tokio::io::BufReader;
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
@@ -39,10 +41,13 @@ use verifier::Verifier;
 /// How PostgreSQL's protocol calls itself in TLS.
 const PROTOCOL: &[u8] = b"postgresql";
 
+/// rustls reads 4 KiB at a time, which is a system call each; this is read at once.
+const READ_BUFFER: usize = 64 * 1024;
+
 /// A connection inside TLS.
 #[derive(Debug)]
 pub(super) struct TlsSocket {
-    pub(super) stream: TlsStream<TcpStream>,
+    pub(super) stream: TlsStream<BufReader<TcpStream>>,
     pub(super) facts: TlsFacts,
 }
 
@@ -68,6 +73,7 @@ pub(super) async fn handshake(
     let prepared = tokio::task::spawn_blocking(move || Prepared::new(&read, name)).await;
     let prepared = prepared.map_err(|error| TlsError::Handshake { why: error.to_string() })??;
     let connector = TlsConnector::from(Arc::new(prepared.config));
+    let stream = BufReader::with_capacity(READ_BUFFER, stream);
     let stream = connector.connect(prepared.name, stream).await.map_err(|error| {
         if settings.direct && matches!(error.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset) {
             // A server that expects the old request first just hangs up.

@@ -1,7 +1,8 @@
 use rustls::pki_types::CertificateDer;
 
-use super::certificate::{Certificate, RevocationList};
+use super::certificate::Certificate;
 use super::chain::{self, Trust};
+use super::revocation::RevocationList;
 use super::{TlsError, names};
 
 const NOW: i64 = 1_800_000_000;

@@ -42,16 +42,21 @@ impl Verifier {
         signed: &DigitallySignedStruct,
         candidates_max: usize,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        let certificate = Certificate::parse(certificate).map_err(|_| CertificateError::BadEncoding)?;
+        let certificate = Certificate::parse(certificate).map_err(|_| refused(TlsError::Unreadable))?;
         let (algorithm, key) = certificate.public_key();
         let candidates = self.algorithms.mapping.iter().find(|(scheme, _)| *scheme == signed.scheme);
         let (_, candidates) = candidates.ok_or(PeerMisbehaved::SignedHandshakeWithUnadvertisedSigScheme)?;
         let fitting = candidates.iter().take(candidates_max).find(|one| one.public_key_alg_id().as_ref() == algorithm);
         match fitting.map(|one| one.verify_signature(key, message, signed.signature())) {
             Some(Ok(())) => Ok(HandshakeSignatureValid::assertion()),
-            _ => Err(CertificateError::BadSignature.into()),
+            _ if certificate.has_weak_key() => Err(refused(TlsError::WeakKey)),
+            _ => Err(refused(TlsError::KeyNotProven)),
         }
     }
+}
+
+fn refused(error: TlsError) -> rustls::Error {
+    CertificateError::Other(OtherError(Arc::new(error))).into()
 }
 
 impl ServerCertVerifier for Verifier {
@@ -65,7 +70,7 @@ impl ServerCertVerifier for Verifier {
     ) -> Result<ServerCertVerified, rustls::Error> {
         match self.verify(end_entity, intermediates, now) {
             Ok(()) => Ok(ServerCertVerified::assertion()),
-            Err(error) => Err(CertificateError::Other(OtherError(Arc::new(error))).into()),
+            Err(error) => Err(refused(error)),
         }
     }
 
