@@ -5,13 +5,14 @@
 //! (`fuzz/`). Where a checksum would turn every mutation away, an input's first byte may ask for it to be put right, as one
 //! who writes hostile bytes would. The functions of private parsers stand in their own rooms.
 
+mod backup;
 mod settings;
 mod stored;
 mod wal;
 
-pub use crate::base_backup::fuzzing::{server_manifest, server_tar};
 pub use crate::postgres::fuzzing::{conninfo, control_file, server_answers, server_backup, server_login, server_wal};
-pub use crate::restore::fuzzing::{auto_conf, backup_manifest, plan_file, target_time, volume_tar};
+pub use crate::restore::fuzzing::{auto_conf, plan_file, target_time};
+pub use backup::{backup_manifest, server_manifest, server_tar, volume_tar};
 pub use settings::{configuration, schedule};
 pub use stored::{backup_json, lz4_body, names, open_segment_mark, sealed_object, small_objects, zstd_body};
 pub use wal::{history, wal_pages};

@@ -41,50 +41,17 @@ impl TarSink for Entries {
     }
 }
 
-/// First byte: bit 0 puts header checksums right, the rest is the size of the pieces.
-pub fn volume_tar(bytes: &[u8]) {
-    let Some((&how, stream)) = bytes.split_first() else { return };
-    let mut stream = stream.to_vec();
-    if how & 1 == 1 {
-        right_checksums(&mut stream);
-    }
-    let step = match how >> 1 {
-        0 => stream.len().max(1),
-        step => usize::from(step) * 19,
-    };
+/// A volume that comes in pieces.
+pub fn read_volume<'a>(mut pieces: impl Iterator<Item = &'a [u8]>) {
     let (mut reader, mut entries) = (TarReader::default(), Entries::default());
-    if stream.chunks(step).try_for_each(|chunk| reader.push(chunk, &mut entries)).is_ok() && reader.finish().is_ok() {
+    if pieces.try_for_each(|piece| reader.push(piece, &mut entries)).is_ok() && reader.finish().is_ok() {
         assert_eq!(entries.left, None, "an archive ends in an entry");
     }
 }
 
-/// What looks like a ustar header gets the checksum that belongs to it.
-fn right_checksums(stream: &mut [u8]) {
-    for block in stream.chunks_exact_mut(512) {
-        if &block[257..262] == b"ustar" {
-            block[148..156].fill(b' ');
-            let sum: u32 = block.iter().map(|&byte| u32::from(byte)).sum();
-            block[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
-        }
-    }
-}
-
-/// PostgreSQL's manifest as it is stored. An odd first byte has its checksum put right.
-pub fn backup_manifest(bytes: &[u8]) {
-    use sha2::{Digest, Sha256};
-
-    const LAST: &[u8] = b"\"Manifest-Checksum\": \"";
-    let Some((&how, manifest)) = bytes.split_first() else { return };
-    let mut manifest = manifest.to_vec();
-    if how & 1 == 1
-        && let Some(at) = manifest.windows(LAST.len()).rposition(|window| window == LAST)
-    {
-        let digest: String = Sha256::digest(&manifest[..at]).iter().map(|byte| format!("{byte:02x}")).collect();
-        manifest.truncate(at);
-        manifest.extend_from_slice(LAST);
-        manifest.extend_from_slice(format!("{digest}\"}}\n").as_bytes());
-    }
-    if let Ok(manifest) = Manifest::parse(&manifest) {
+/// PostgreSQL's manifest as it is stored.
+pub fn read_manifest(bytes: &[u8]) {
+    if let Ok(manifest) = Manifest::parse(bytes) {
         for file in manifest.files.values() {
             let mut running = file.checksum.start();
             running.update(b"content");
