@@ -257,27 +257,3 @@ async fn stored_parts(
     }
     Ok(parts)
 }
-
-/// The first position that two histories of one timeline give to different timelines; where both end alike, the last switch.
-pub(super) fn parting(one: &TimelineHistory, other: &TimelineHistory) -> Lsn {
-    let mut switches: Vec<Lsn> =
-        one.ancestors().iter().chain(other.ancestors()).map(|ancestor| ancestor.switch).collect();
-    switches.sort_unstable();
-    let differs = |at: &&Lsn| one.timeline_at(**at) != other.timeline_at(**at);
-    switches.iter().find(differs).or(switches.last()).copied().unwrap_or(Lsn::ZERO)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn two_histories_of_one_number_part_at_the_earlier_switch() {
-        let history = |content: &str| TimelineHistory::parse(TimelineId::new(4).unwrap(), content.as_bytes()).unwrap();
-        let at = |one: &str, other: &str| parting(&history(one), &history(other)).to_string();
-        assert_eq!(at("1\t0/5000000\tx\n", "1\t0/6000000\tx\n"), "0/5000000");
-        assert_eq!(at("1\t0/5000000\tx\n2\t0/7000000\tx\n", "1\t0/5000000\tx\n"), "0/5000000");
-        assert_eq!(at("1\t0/5000000\tx\n2\t0/7000000\tx\n", "1\t0/5000000\tx\n2\t0/8000000\tx\n"), "0/7000000");
-        assert_eq!(at("1\t0/5000000\tx\n", "1\t0/5000000\tanother reason\n"), "0/5000000");
-    }
-}

@@ -110,8 +110,18 @@ impl OtherHosts {
         }
         let Some(position) = self.position(info.flush_lsn) else { return Ok(Standing::Kept) };
         if known.is_none_or(|known| known < position) {
-            advance(connection, slot, position, streaming.timeline).await?;
-            positions.insert(host, position);
+            match advance(connection, slot, position, streaming.timeline).await {
+                Ok(()) => positions.insert(host, position),
+                // It was invalidated, and keeps nothing any more: a new one keeps what there is.
+                Err(error) if error.is_slot_lost() && self.settings.create_slot => {
+                    let mut connection = ReplicationConnection::connect_to_any(&self.settings.connect, host).await?;
+                    connection.drop_slot(slot).await?;
+                    connection.create_physical_slot(slot).await?;
+                    tracing::warn!(host = connection.target(), slot, %error, "the slot on another host is made anew");
+                    positions.remove(&host)
+                }
+                Err(error) => return Err(error.into()),
+            };
         }
         Ok(Standing::Kept)
     }

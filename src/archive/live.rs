@@ -9,7 +9,6 @@ use tokio_util::sync::CancellationToken;
 
 use super::assembler::{Assembler, AssemblerSettings};
 use super::backlog::Backlog;
-use super::divergence::parting;
 use super::held::{
     Held, HeldBytes, HeldPart, HeldRemotely, InSpool, Reach, find_in_spool, find_remotely, name_finished,
 };
@@ -30,14 +29,12 @@ use crate::seal::Compression;
 use crate::spool::{Spool, SpoolError};
 use crate::storage::Backoff;
 use crate::telemetry::{Board, CauseCode};
-use crate::wal::{Lsn, SegmentName, SegmentSize, SystemIdentifier, TimelineHistory, TimelineId};
+use crate::wal::{Lsn, SegmentName, SegmentSize, SystemIdentifier, TimelineId};
 
 /// Bytes behind the server from which on only whole segments are made durable.
 const CATCHING_UP_BYTES: u64 = 16 << 20;
 /// A session that lasted this long was a working one: the next failure begins its waiting anew.
 const WORKING_SESSION: Duration = Duration::from_secs(30);
-/// How long a store may take to show a history file before the stream goes on without its word.
-const ASK_LIMIT: Duration = Duration::from_secs(5);
 const SHORTEST_STATUS_INTERVAL: Duration = Duration::from_millis(200);
 
 /// What the live path is told by the configuration.
@@ -333,77 +330,6 @@ impl Live {
             SlotState::Missing => Err(ArchiveError::NoSlot { name: name.clone() }),
             SlotState::Unknown => Ok(None),
         }
-    }
-
-    /// A number that another promotion was given as well: nothing of this one is streamed (I2, I10). A store that does not answer
-    /// holds nothing up, since its object is never overwritten.
-    async fn refuse_other_history(
-        &self,
-        timeline: TimelineId,
-        content: &[u8],
-        answering: &mut Vec<Archive>,
-    ) -> Result<(), ArchiveError> {
-        let mut held = vec![std::fs::read(self.spool.path_of(&Spool::history(timeline))).ok()];
-        for archive in std::mem::take(answering) {
-            let asked = archive.clone();
-            let asked = self.stores.spawn(async move { asked.history(timeline).await });
-            match tokio::time::timeout(ASK_LIMIT, asked).await {
-                Ok(Ok(Ok(found))) => {
-                    held.push(found.map(|bytes| bytes.to_vec()));
-                    answering.push(archive);
-                }
-                // It is not asked for the others: a chain may be long.
-                _ => tracing::debug!(%timeline, "the stored history file is not known"),
-            }
-        }
-        for other in held.into_iter().flatten().filter(|other| other != content) {
-            let at = match (TimelineHistory::parse(timeline, content), TimelineHistory::parse(timeline, &other)) {
-                (Ok(ours), Ok(theirs)) => parting(&ours, &theirs),
-                _ => Lsn::ZERO,
-            };
-            return Err(ArchiveError::OtherHistory { timeline: timeline.get(), at });
-        }
-        Ok(())
-    }
-
-    pub(super) async fn history(
-        &self,
-        connection: &mut ReplicationConnection,
-        timeline: TimelineId,
-    ) -> Result<Option<TimelineHistory>, ArchiveError> {
-        if timeline == TimelineId::FIRST {
-            return Ok(Some(TimelineHistory::without_ancestors(timeline)));
-        }
-        let Some(content) = connection.timeline_history(timeline).await? else { return Ok(None) };
-        Ok(Some(TimelineHistory::parse(timeline, &content)?))
-    }
-
-    /// Spools the history files of the chain that the server has, before anything of their timelines is confirmed (I10).
-    async fn store_histories(
-        &mut self,
-        connection: &mut ReplicationConnection,
-        first: TimelineId,
-        last: TimelineId,
-    ) -> Result<(), ArchiveError> {
-        let Some(chain) = self.history(connection, last).await? else { return Ok(()) };
-        let mut answering: Vec<Archive> = self.archives.iter().map(|(archive, _)| archive.clone()).collect();
-        let timelines = chain.ancestors().iter().map(|ancestor| ancestor.timeline).chain([last]);
-        for timeline in timelines.filter(|timeline| *timeline != TimelineId::FIRST && *timeline <= last) {
-            if self.histories_spooled.contains(&timeline) {
-                continue;
-            }
-            match connection.timeline_history(timeline).await? {
-                Some(content) => {
-                    self.refuse_other_history(timeline, &content, &mut answering).await?;
-                    let name = self.spool.write_small(Spool::history(timeline), &content)?;
-                    self.backlog.insert(&[small_entry(&name, &content)]);
-                    self.histories_spooled.insert(timeline);
-                }
-                // The newest one has the whole chain.
-                None => tracing::info!(%timeline, streaming = %first, "the server no longer has this history file"),
-            }
-        }
-        Ok(())
     }
 
     async fn stream(

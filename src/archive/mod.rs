@@ -16,6 +16,7 @@ mod divergence;
 mod error;
 mod gap;
 mod held;
+mod history;
 mod hosts;
 mod identity;
 mod live;

@@ -184,6 +184,8 @@ pub struct WalFetchArgs {
     /// The plan that `walden restore` wrote
     #[arg(long, value_name = "FILE")]
     pub plan: Option<PathBuf>,
+    #[command(flatten)]
+    pub system: SystemArgs,
     /// The file's name (%f)
     pub name: String,
     /// Where to write it (%p)

@@ -76,6 +76,12 @@ async fn take(
         // A repository that does not answer is an error now, not something to wait for.
         let failed = |e: crate::storage::StorageError| CliError::from_error(exit::FAILED, &e, e.hint());
         target.store.probe(&format!("{}/walden-check/", settings.archive.cluster)).await.map_err(failed)?;
+        // Also beside a running agent, whose server may have been replaced meanwhile.
+        let found = info.system_identifier;
+        if let Some(expected) = target.repository.succession().await?.kept_by(found) {
+            let error = ArchiveError::OtherCluster { found, expected };
+            return Err(CliError::new(exit::REFUSED, error.describe(), error.hint()));
+        }
     }
     let archiver = match Archiver::start(plan, targets.clone(), board.clone(), shutdown.child_token()).await {
         Ok(archiver) => Some(archiver),

@@ -18,7 +18,7 @@ pub fn deliver(settings: &Settings, wanted: &Wanted) -> Result<Fetched, CliError
     };
     let request = FetchRequest {
         plan,
-        system: None,
+        system: wanted.system,
         name: wanted.name.clone(),
         path: wanted.path.clone(),
         patience: settings.restore.fetch_timeout,

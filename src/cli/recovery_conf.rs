@@ -9,7 +9,8 @@ use crate::restore::{self, ArchiveMode, CommandLine, ConfigSource};
 
 pub fn run(settings: &Settings, output: &Output, args: &RecoveryConfArgs) -> Result<u8, CliError> {
     let request = reading::request(&args.target)?;
-    let (command, remark) = command_line(settings)?;
+    let (mut command, remark) = command_line(settings)?;
+    command.system = args.system.system_identifier;
     reading::runtime()?.block_on(async {
         let repositories = reading::open(settings).await?;
         let plan = restore::plan(&repositories, args.system.system_identifier, &request).await?;
@@ -45,6 +46,7 @@ fn command_line(settings: &Settings) -> Result<(CommandLine, Option<&'static str
         cluster: None,
         repository: None,
         plan: None,
+        system: None,
     };
     if let ConfigSource::File(path) = restore_command::config_source(settings) {
         command.config = Some(path);

@@ -18,6 +18,7 @@ use super::error::CliError;
 use super::output::tell;
 use crate::config::Settings;
 use crate::telemetry::{LogSettings, start_logging};
+use crate::wal::SystemIdentifier;
 
 pub const DELIVERED: u8 = 0;
 pub const PROVEN_ABSENT: u8 = 1;
@@ -28,6 +29,8 @@ pub const NOT_DELIVERED: u8 = 255;
 pub struct Wanted {
     /// The plan of a restore.
     pub plan: Option<PathBuf>,
+    /// Which one of several under the cluster's name, where no plan says it.
+    pub system: Option<SystemIdentifier>,
     /// `%f`: not checked yet.
     pub name: String,
     /// `%p`: relative to PostgreSQL's data directory, which is the working directory.
@@ -94,7 +97,12 @@ fn fetch(args: &[OsString], deliver: Deliver) -> Result<Fetched, CliError> {
             "write `walden wal-fetch NAME PATH`",
         ));
     };
-    let wanted = Wanted { plan: command.plan.clone(), name: command.name.clone(), path: command.path.clone() };
+    let wanted = Wanted {
+        plan: command.plan.clone(),
+        system: command.system.system_identifier,
+        name: command.name.clone(),
+        path: command.path.clone(),
+    };
     let settings = super::load(&cli)?;
     let level = match (cli.global.quiet, cli.global.verbose) {
         (true, _) => tracing::Level::ERROR,

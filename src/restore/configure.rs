@@ -9,6 +9,7 @@ use super::plan::target_settings;
 use super::plan_file::PLAN_FILE;
 use super::quoting::{config_quoted, restore_command_path};
 use super::resolve::Plan;
+use crate::wal::SystemIdentifier;
 
 const AUTO_CONF: &str = "postgresql.auto.conf";
 /// What `restore` writes when the configuration is not just a file.
@@ -68,6 +69,8 @@ pub struct CommandLine {
     /// The repository, where no file says it.
     pub repository: Option<String>,
     pub plan: Option<PathBuf>,
+    /// Which one of several under the cluster's name, where no plan says it.
+    pub system: Option<SystemIdentifier>,
 }
 
 impl CommandLine {
@@ -87,6 +90,9 @@ impl CommandLine {
         if let Some(plan) = &self.plan {
             command.extend_from_slice(b" --plan ");
             command.extend_from_slice(&restore_command_path(plan));
+        }
+        if let Some(system) = self.system {
+            command.extend_from_slice(format!(" --system-identifier {system}").as_bytes());
         }
         // PostgreSQL fills these in itself: a file name of its own and a path below its data directory.
         command.extend_from_slice(b" %f \"%p\"");
@@ -117,6 +123,7 @@ impl Configuration {
             cluster: None,
             repository: None,
             plan: Some(pgdata.join(PLAN_FILE)),
+            system: None,
         }
     }
 }

@@ -45,6 +45,7 @@ fn the_command_holds_absolute_paths_quoted_for_all_its_readers() {
         cluster: None,
         repository: Some("off site".into()),
         plan: Some("/data/100%/walden-plan.json".into()),
+        system: None,
     };
     let text = String::from_utf8(command.restore_command()).unwrap();
     assert_eq!(

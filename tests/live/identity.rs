@@ -9,7 +9,7 @@ use walden::wal::{Lsn, SegmentName, TimelineId};
 use super::restore::restore;
 use super::streaming::archive_all;
 use crate::support::ledger::assert_rows;
-use crate::support::oracle::{cluster_folder, compare_stored, files_below};
+use crate::support::oracle::{cluster_folder, compare_stored, files_below, stored_segments};
 use crate::support::{Agent, Ledger, Postgres, Stage, Walden, has_cause, wait_until};
 
 const MINUTE: Duration = Duration::from_secs(60);
@@ -106,9 +106,16 @@ fn a_new_cluster_archives_under_an_old_name_once_it_is_adopted() {
     let which = replaced.exec(&["list"]);
     assert_eq!(which.code, Some(2), "{}", which.stderr);
     assert!(which.stderr.contains(&old) && which.stderr.contains(&new), "{}", which.stderr);
+    let segment = stored_segments(&old_folder).into_keys().next().expect("a segment");
+    let to = stage.join("fetched");
+    let to = to.to_string_lossy();
+    assert_eq!(replaced.exec(&["wal-fetch", &segment, &to]).code, Some(255), "which of the two is not said");
+    replaced.ok(&["wal-fetch", "--system-identifier", &old, &segment, &to]);
     for (major, system, expected) in [(15, &old, &rows), (17, &new, &new_rows)] {
         let listed = replaced.json(&["list", "--system-identifier", system]);
         assert_eq!(listed["system_identifier"], **system);
+        let settings = replaced.ok(&["recovery-conf", "--system-identifier", system]);
+        assert!(settings.contains(&format!("wal-fetch --system-identifier {system} %f")), "{settings}");
         let restored = restore(&replaced, major, &format!("restored-{major}"), &["--system-identifier", system]);
         assert_rows(&restored, expected);
     }
@@ -146,6 +153,8 @@ fn a_cluster_made_anew_under_a_running_agent_is_not_streamed() {
     assert_eq!(agent.get("/readyz").expect("an answer").0, 503);
     assert_eq!(second.value("SELECT count(*) FROM pg_replication_slots"), "0");
     assert!(agent.is_running());
+    let backup = walden.exec(&["backup"]);
+    assert_eq!(backup.code, Some(4), "{}", backup.stderr);
     agent.sigterm(MINUTE);
     assert_eq!(before, content(&walden.repository()), "the repository was changed");
     assert_eq!(spool, content(&walden.spool()), "the spool was changed");

@@ -38,6 +38,8 @@ const CASES: &[Case] = &[
     flags(&["statsu"], &["statsu", "status"]),
     flags(&["run", "--frobnicate"], &["--frobnicate", "walden run --help"]),
     flags(&["run", "extra"], &["extra"]),
+    flags(&["adopt"], &["--system-identifier"]),
+    flags(&["adopt", "--system-identifier", "new"], &["new", "--system-identifier"]),
     flags(&["run", "-q", "-v"], &["--quiet", "--verbose"]),
     flags(&["run", "--cluster"], &["--cluster", "value"]),
     flags(&["run", "--cluster", "../up"], &["--cluster", "archive.cluster", "letters"]),

@@ -1,0 +1,111 @@
+//! Timeline history files: the whole chain that the server has is held before anything of its timelines is confirmed (I10), and a
+//! number means one history only (I2).
+
+use std::time::Duration;
+
+use super::ArchiveError;
+use super::live::{Live, small_entry};
+use crate::postgres::ReplicationConnection;
+use crate::repository::Archive;
+use crate::spool::Spool;
+use crate::wal::{Lsn, TimelineHistory, TimelineId};
+
+/// How long a store may take to show a history file before the stream goes on without its word.
+const ASK_LIMIT: Duration = Duration::from_secs(5);
+
+impl Live {
+    /// A number that another promotion was given as well: nothing of this one is streamed (I2, I10). A store that does not answer
+    /// holds nothing up, since its object is never overwritten.
+    async fn refuse_other_history(
+        &self,
+        timeline: TimelineId,
+        content: &[u8],
+        answering: &mut Vec<Archive>,
+    ) -> Result<(), ArchiveError> {
+        let mut held = vec![std::fs::read(self.spool.path_of(&Spool::history(timeline))).ok()];
+        for archive in std::mem::take(answering) {
+            let asked = archive.clone();
+            let asked = self.stores.spawn(async move { asked.history(timeline).await });
+            match tokio::time::timeout(ASK_LIMIT, asked).await {
+                Ok(Ok(Ok(found))) => {
+                    held.push(found.map(|bytes| bytes.to_vec()));
+                    answering.push(archive);
+                }
+                // It is not asked for the others: a chain may be long.
+                _ => tracing::debug!(%timeline, "the stored history file is not known"),
+            }
+        }
+        if let Some(other) = held.into_iter().flatten().find(|other| other != content) {
+            let at = match (TimelineHistory::parse(timeline, content), TimelineHistory::parse(timeline, &other)) {
+                (Ok(ours), Ok(theirs)) => parting(&ours, &theirs),
+                _ => Lsn::ZERO,
+            };
+            return Err(ArchiveError::OtherHistory { timeline: timeline.get(), at });
+        }
+        Ok(())
+    }
+
+    pub(super) async fn history(
+        &self,
+        connection: &mut ReplicationConnection,
+        timeline: TimelineId,
+    ) -> Result<Option<TimelineHistory>, ArchiveError> {
+        if timeline == TimelineId::FIRST {
+            return Ok(Some(TimelineHistory::without_ancestors(timeline)));
+        }
+        let Some(content) = connection.timeline_history(timeline).await? else { return Ok(None) };
+        Ok(Some(TimelineHistory::parse(timeline, &content)?))
+    }
+
+    /// Spools the history files of the chain that the server has, before anything of their timelines is confirmed (I10).
+    pub(super) async fn store_histories(
+        &mut self,
+        connection: &mut ReplicationConnection,
+        first: TimelineId,
+        last: TimelineId,
+    ) -> Result<(), ArchiveError> {
+        let Some(chain) = self.history(connection, last).await? else { return Ok(()) };
+        let mut answering: Vec<Archive> = self.archives.iter().map(|(archive, _)| archive.clone()).collect();
+        let timelines = chain.ancestors().iter().map(|ancestor| ancestor.timeline).chain([last]);
+        for timeline in timelines.filter(|timeline| *timeline != TimelineId::FIRST && *timeline <= last) {
+            if self.histories_spooled.contains(&timeline) {
+                continue;
+            }
+            match connection.timeline_history(timeline).await? {
+                Some(content) => {
+                    self.refuse_other_history(timeline, &content, &mut answering).await?;
+                    let name = self.spool.write_small(Spool::history(timeline), &content)?;
+                    self.backlog.insert(&[small_entry(&name, &content)]);
+                    self.histories_spooled.insert(timeline);
+                }
+                // The newest one has the whole chain.
+                None => tracing::info!(%timeline, streaming = %first, "the server no longer has this history file"),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The first position that two histories of one timeline give to different timelines; where both end alike, the last switch.
+fn parting(one: &TimelineHistory, other: &TimelineHistory) -> Lsn {
+    let mut switches: Vec<Lsn> =
+        one.ancestors().iter().chain(other.ancestors()).map(|ancestor| ancestor.switch).collect();
+    switches.sort_unstable();
+    let differs = |at: &&Lsn| one.timeline_at(**at) != other.timeline_at(**at);
+    switches.iter().find(differs).or(switches.last()).copied().unwrap_or(Lsn::ZERO)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn two_histories_of_one_number_part_at_the_earlier_switch() {
+        let history = |content: &str| TimelineHistory::parse(TimelineId::new(4).unwrap(), content.as_bytes()).unwrap();
+        let at = |one: &str, other: &str| parting(&history(one), &history(other)).to_string();
+        assert_eq!(at("1\t0/5000000\tx\n", "1\t0/6000000\tx\n"), "0/5000000");
+        assert_eq!(at("1\t0/5000000\tx\n2\t0/7000000\tx\n", "1\t0/5000000\tx\n"), "0/5000000");
+        assert_eq!(at("1\t0/5000000\tx\n2\t0/7000000\tx\n", "1\t0/5000000\tx\n2\t0/8000000\tx\n"), "0/7000000");
+        assert_eq!(at("1\t0/5000000\tx\n", "1\t0/5000000\tanother reason\n"), "0/5000000");
+    }
+}
