@@ -297,7 +297,7 @@ impl Receiver<'_> {
     ///
     /// On a segment boundary it is held back by a page, so that the server keeps the sealed segment for the overlap at the next
     /// connection (I7); a page of the next segment releases it. So does a server that asks again and again at its end: it shuts
-    /// down, and waits until everything is confirmed (`WalSndDone` in `walsender.c`).
+    /// down, and waits until everything is confirmed (`WalSndDone` in `walsender.c`). And so does one whose commits wait for us.
     fn reported(&self) -> Lsn {
         if self.held.is_some() || self.assembler.position() == self.begun_at {
             return Lsn::ZERO;
@@ -311,7 +311,7 @@ impl Receiver<'_> {
         let held_back = Lsn::new(durable.get().saturating_sub(PAGE_SIZE as u64));
         let hold_back =
             self.segment_size.is_boundary(durable) && held_back >= self.begun_at && self.asked_at_end < SHUTS_DOWN;
-        if hold_back { held_back } else { durable }
+        if hold_back && !self.board.is_waited_for() { held_back } else { durable }
     }
 
     async fn flush_all(&mut self) -> Result<(), ArchiveError> {

@@ -106,6 +106,7 @@ async fn ask_sql(sql: &Sql, board: &Board, settings: &Settings) -> Result<(), Po
         retained_bytes: slot.retained_bytes,
     }));
     let state = sql.sync_state(&settings.postgres.application_name).await?;
+    board.set_waited_for(matches!(state.as_deref(), Some("sync" | "quorum")));
     let names = sql.setting("synchronous_standby_names").await?.unwrap_or_default();
     let asked = names.contains(&settings.postgres.application_name);
     match state.as_deref() {

@@ -77,6 +77,8 @@ struct Facts {
     queue: Option<(u64, u64)>,
     spool_free_bytes: Option<u64>,
     gaps: Vec<GapFact>,
+    /// The server waits for this agent at each commit, as its synchronous standby.
+    waited_for: bool,
     diverged: Option<Lsn>,
     backup_running: bool,
     last_backup: Option<BackupFacts>,
@@ -109,6 +111,7 @@ impl Board {
             queue: None,
             spool_free_bytes: None,
             gaps: Vec::new(),
+            waited_for: false,
             diverged: None,
             backup_running: false,
             last_backup: None,
@@ -157,10 +160,20 @@ impl Board {
         facts.clear(CauseCode::NotConnected, self.shared.clock.wall());
     }
 
+    pub fn set_waited_for(&self, waited_for: bool) {
+        self.facts().waited_for = waited_for;
+    }
+
+    /// False as well where SQL does not tell.
+    pub fn is_waited_for(&self) -> bool {
+        self.facts().waited_for
+    }
+
     /// Raises `not_connected`. The positions stay: what is held is held.
     pub fn set_disconnected(&self, message: impl Into<String>) {
         let mut facts = self.facts();
         facts.connected = false;
+        facts.waited_for = false;
         facts.connected_since = None;
         facts.raise(CauseCode::NotConnected, message.into(), self.shared.clock.wall(), true);
     }

@@ -16,6 +16,7 @@ mod shipping;
 pub mod streaming;
 mod usage;
 mod stores;
+mod synchronous;
 mod timeline;
 mod wal_records;
 mod watched;

@@ -88,8 +88,13 @@ fn check(major: u32, segment_mib: u32, wal_level: &str) {
     let first_xid: u32 = postgres.value("select txid_current()").parse().expect("a number");
     work(&postgres);
     postgres.pgbench_init(1);
-    let load = postgres.pgbench(&["-c", "4", "-T", "60"]);
-    std::thread::sleep(Duration::from_secs(1));
+    let next_xid = || -> u64 {
+        let xmax = postgres.value("select txid_snapshot_xmax(txid_current_snapshot())");
+        xmax.parse().expect("a number")
+    };
+    let before_load = next_xid();
+    let load = postgres.pgbench(&["-c", "4", "-T", "600"]);
+    wait_until(Duration::from_secs(120), "commits under load", || next_xid() > before_load + 800);
     postgres.crash_and_restart();
     load.stop();
     for sql in ["insert into t values (300001, 'after the crash')", "alter system set max_connections = 120"] {

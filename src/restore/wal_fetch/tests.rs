@@ -226,7 +226,7 @@ impl Bench {
             system: None,
             name: name.into(),
             path: self.path.clone(),
-            patience: Duration::from_millis(300),
+            patience: Duration::from_secs(5),
         };
         let outcome = wal_fetch(&self.repositories, &request).await;
         let folder = std::fs::read_dir(self.path.parent().unwrap()).unwrap();
