@@ -3,7 +3,7 @@
 
 use std::fmt;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -77,7 +77,7 @@ impl Socket {
             }
             _ => return false,
         };
-        !is_verified && stream.peer_addr().is_ok_and(|peer| !peer.ip().to_canonical().is_loopback())
+        !is_verified && stream.peer_addr().is_ok_and(|peer| is_elsewhere(peer.ip()))
     }
 
     pub(super) fn transport(&self) -> Transport {
@@ -126,6 +126,11 @@ impl Socket {
         }
         Err(failed(last))
     }
+}
+
+/// A local address, whoever has it, leads to this machine.
+fn is_elsewhere(peer: IpAddr) -> bool {
+    !peer.to_canonical().is_loopback()
 }
 
 fn set_keepalive(stream: &TcpStream, keepalive: Keepalive) -> io::Result<()> {
@@ -321,6 +326,20 @@ mod tests {
             assert!(feed(&huge).is_err(), "step {step}");
         }
         assert!(BoundedFrames::new((), 1000, AllowedMethods::ALL).watch(b"Z\0\0\0\x03").is_err());
+    }
+
+    #[test]
+    fn only_other_machines_have_to_prove_who_they_are() {
+        let table = [
+            ("127.0.0.1", false),
+            ("127.9.9.9", false),
+            ("::1", false),
+            ("::ffff:127.0.0.1", false),
+            ("10.0.0.1", true),
+        ];
+        for (address, elsewhere) in table {
+            assert_eq!(is_elsewhere(address.parse().unwrap()), elsewhere, "{address}");
+        }
     }
 
     #[test]

@@ -5,8 +5,10 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
+use super::streaming::archive_all;
 use crate::support::certificates::{Identity, authority, named, server};
 use crate::support::doors::{Doors, PASSWORD, assert_outcome};
+use crate::support::oracle::{cluster_folder, compare_stored};
 use crate::support::{Walden, has_cause, parts};
 
 const MINUTE: Duration = Duration::from_secs(60);
@@ -294,7 +296,7 @@ fn the_settings_of_newer_libpqs_do_what_they_say() {
         ("direct, weak", "sslnegotiation=direct".to_owned(), Err("sslmode=require")),
         ("shuffled", "load_balance_hosts=random".to_owned(), Ok("TLS")),
         ("system, weak", "sslmode=require sslrootcert=system".to_owned(), Err("verify-full")),
-        ("system, unknown", "sslrootcert=system".to_owned(), Err("the system's authorities")),
+        ("system, unknown", "sslrootcert=system".to_owned(), Err("system")),
         ("scram asked", "user=scram require_auth=scram-sha-256".to_owned(), Ok("TLS")),
         ("scram asked, md5 wanted", "user=hashed require_auth=scram-sha-256".to_owned(), Err("md5|require_auth")),
         (
@@ -310,6 +312,10 @@ fn the_settings_of_newer_libpqs_do_what_they_say() {
         assert!(!format!("{replication:?}{sql:?}").contains(PASSWORD));
         assert_outcome(name, replication, expected);
     }
+    // The system's authorities, which this variable replaces.
+    let system = verified(&doors, "sslrootcert=system").env("SSL_CERT_FILE", &root);
+    let said = system.ok(&["check"]);
+    assert!(said.contains("certificate and host verified"), "{said}");
     doors.set(&[("ssl_ca_file", &root)]);
     for (name, settings, expected) in [
         ("certificate asked for", format!("user=certified sslmode=require sslcertmode=require {pair}"), Ok("TLS")),
@@ -340,28 +346,52 @@ fn direct_negotiation_with_an_older_server_is_said() {
     doors.table(&[("asked for, 15", "sslmode=require", Ok("TLS 1.3"))]);
 }
 
+/// An agent's configuration that verifies the server and binds the login to the connection, with further options of libpq.
+fn verified(doors: &Doors, options: &str) -> Walden {
+    let folder = doors.stage.path().display();
+    let settings = format!(
+        "host=127.0.0.1 user=tls_scram password={PASSWORD} sslmode=verify-full sslrootcert={{dir}}/root.crt \
+         channel_binding=require {options}"
+    );
+    Walden::with_config(
+        &doors.stage,
+        &format!(
+            "[postgres]\nurl = \"{}\"\nconnect_timeout = \"3s\"\n[spool]\npath = \"{folder}/spool\"\nfree_bytes_min = 0\n\
+             [state]\npath = \"{folder}/state\"\n[backup]\ninitial = false\n[metrics]\nlisten = \"127.0.0.1:{}\"\n\
+             [[repository]]\nname = \"main\"\ntype = \"local\"\npath = \"{folder}/archive\"\n",
+            doors.settings(&settings),
+            parts::free_port()
+        ),
+    )
+}
+
+/// A base backup, and WAL under load that equals the server's own copies, over both versions of TLS.
+#[test]
+fn wal_and_backups_come_whole_over_tls() {
+    for version in ["TLSv1.3", "TLSv1.2"] {
+        let (doors, _) = ready(17);
+        let walden = verified(&doors, &format!("ssl_max_protocol_version={version}"));
+        let mut agent = walden.run_connected();
+        doors.server.pgbench_init(5);
+        let load = doors.server.pgbench(&["-c", "2", "-T", "600"]);
+        walden.ok(&["backup"]);
+        load.stop();
+        archive_all(&doors.server, &mut agent);
+        let folder = cluster_folder(&walden.repository(), "main", &doors.server);
+        compare_stored(&folder, &doors.server.oracle).assert_whole(21);
+        let used = doors.server.psql("SELECT DISTINCT version FROM pg_stat_ssl JOIN pg_stat_replication USING (pid)");
+        assert_eq!(used, [[Some(version.to_owned())]]);
+    }
+}
+
 /// The agent goes on with a renewed certificate, is unhealthy while it is wrong, and `check` says what is wrong.
 #[test]
 fn renewed_certificates_count_without_a_restart() {
     let (doors, top) = ready(17);
-    let root = doors.stage.join("root.crt").display().to_string();
-    let url = format!(
-        "host=127.0.0.1 port={} user=tls_scram dbname=postgres password={PASSWORD} sslmode=verify-full sslrootcert={root} channel_binding=require",
-        doors.server.port
-    );
-    let walden = Walden::with_config(
-        &doors.stage,
-        &format!(
-            "[postgres]\nurl = \"{url}\"\nconnect_timeout = \"3s\"\n[spool]\npath = \"{0}/spool\"\nfree_bytes_min = 0\n[state]\npath = \"{0}/state\"\n\
-             [backup]\ninitial = false\n[metrics]\nlisten = \"127.0.0.1:{1}\"\n[[repository]]\nname = \"main\"\ntype = \"local\"\npath = \"{0}/archive\"\n",
-            doors.stage.path().display(),
-            parts::free_port()
-        ),
-    );
+    let walden = verified(&doors, "");
     let said = walden.ok(&["check"]);
     assert!(said.contains("TLS 1.3, certificate and host verified"), "{said}");
     let mut agent = walden.run_connected();
-    walden.ok(&["backup"]);
     let end_streams =
         || doors.server.psql("SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE active");
     for (name, params, words) in [
