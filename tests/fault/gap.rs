@@ -37,7 +37,7 @@ fn wal_that_is_gone_is_a_recorded_gap() {
         agent.kill9();
         let next = SegmentName::holding(walden::wal::TimelineId::FIRST, held, size).to_string();
         if dropped {
-            postgres.psql("SELECT pg_drop_replication_slot('walden')");
+            postgres.drop_slot("walden");
         }
         wait_until(MINUTE, "the server to remove what the agent lacks", || {
             ledger.commit();
@@ -109,7 +109,7 @@ fn a_gap_is_recorded_once_however_often_the_agent_dies() {
     let mut ledger = Ledger::create(&postgres);
     let held = archive_all(&postgres, &mut agent);
     agent.kill9();
-    postgres.psql("SELECT pg_drop_replication_slot('walden')");
+    postgres.drop_slot("walden");
     let next = SegmentName::holding(walden::wal::TimelineId::FIRST, held, postgres.segment_size()).next().to_string();
     wait_until(MINUTE, "the server to remove what the agent lacks", || {
         ledger.commit();

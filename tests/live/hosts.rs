@@ -103,7 +103,7 @@ fn a_failover_to_another_host_leaves_no_gap() {
         assert!(checked.stdout.contains(&named), "{}", checked.stdout);
         agent.kill9();
         if !kept {
-            standby.psql("SELECT pg_drop_replication_slot('walden')");
+            standby.drop_slot("walden");
         }
 
         for _ in 0..8 {

@@ -321,6 +321,14 @@ impl Postgres {
         if text.is_empty() { None } else { Some(text.parse().expect("an LSN")) }
     }
 
+    /// Drops a slot. The server notices a moment later that a receiver was killed, and refuses until then.
+    #[track_caller]
+    pub fn drop_slot(&self, slot: &str) {
+        eventually(START, "the slot to be dropped", || {
+            self.connect()?.try_rows(&format!("SELECT pg_drop_replication_slot('{slot}')")).map(|_| ())
+        });
+    }
+
     /// Waits until the server has ended recovery and takes writes.
     #[track_caller]
     pub fn wait_promoted(&mut self, deadline: Duration) {
