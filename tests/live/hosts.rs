@@ -14,7 +14,7 @@ use crate::support::{Agent, Ledger, Postgres, Recorder, Stage, Walden, has_cause
 const MINUTE: Duration = Duration::from_secs(60);
 
 /// A primary that keeps no more WAL than it must, and a standby that follows it.
-fn pair(stage: &Stage, major: u32) -> (Postgres, Postgres) {
+pub fn pair(stage: &Stage, major: u32) -> (Postgres, Postgres) {
     let mut primary = Postgres::builder(major)
         .wal_segsize(1)
         .setting("wal_keep_size", "0")
@@ -42,7 +42,7 @@ fn pair(stage: &Stage, major: u32) -> (Postgres, Postgres) {
 }
 
 /// `hosts` of `postgres.url` in this order.
-fn archiving(stage: &Stage, hosts: &[&Postgres], attributes: &str) -> Walden {
+pub fn archiving(stage: &Stage, hosts: &[&Postgres], attributes: &str) -> Walden {
     let sockets: Vec<String> = hosts.iter().map(|host| host.sockets.display().to_string()).collect();
     let ports: Vec<String> = hosts.iter().map(|host| host.port.to_string()).collect();
     let url = format!(

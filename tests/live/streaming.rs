@@ -180,7 +180,9 @@ fn another_cluster_is_refused_before_streaming() {
 /// Segment sizes come from the server (I6, B4 of the failure table).
 #[test]
 fn segments_of_any_size_have_the_right_names() {
-    for mib in [1, 64] {
+    // The largest takes minutes and gigabytes: with the long runs.
+    let sizes: &[u32] = if std::env::var_os("WALDEN_TEST_FULL").is_some() { &[1, 64, 1024] } else { &[1, 64] };
+    for &mib in sizes {
         let stage = Stage::new("size");
         let postgres = Postgres::builder(15).wal_segsize(mib).start(&stage);
         let walden = Walden::local(&stage, &postgres, "[archive]\ncompression = \"zstd\"\n");

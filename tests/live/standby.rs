@@ -1,0 +1,61 @@
+//! Base backups from a standby: idle, and promoted in the middle.
+
+use std::fs;
+use std::time::Duration;
+
+use super::hosts::{archiving, pair};
+use super::restore::restore;
+use super::streaming::majors;
+use crate::support::ledger::assert_rows;
+use crate::support::{Ledger, Stage, Walden, wait_until};
+
+const MINUTE: Duration = Duration::from_secs(60);
+
+/// A backup on a standby switches no segment, and an idle primary completes none: the stop LSN lies in the open segment,
+/// which is shipped as it is. The backup is a primary's when it is restored, although it holds `standby.signal` (F3).
+#[test]
+fn a_backup_from_an_idle_standby_ends_and_restores() {
+    for major in majors() {
+        let stage = Stage::new("from-standby");
+        let (primary, standby) = pair(&stage, major);
+        let mut ledger = Ledger::create(&primary);
+        ledger.commit_many(5);
+        primary.psql("CHECKPOINT");
+        let end = primary.flush_lsn();
+        wait_until(MINUTE, "the standby to replay these", || {
+            standby.value(&format!("SELECT (pg_last_wal_replay_lsn() >= '{end}')::int")) == "1"
+        });
+        let walden = archiving(&stage, &[&standby], "standby");
+        let finished = walden.exec(&["backup"]);
+        assert_eq!(finished.code, Some(0), "{major}: {}", finished.stderr);
+        let rows = ledger.entries().to_vec();
+        let restored = restore(&walden, major, "restored", &[]);
+        assert_rows(&restored, &rows);
+        restored.psql("CREATE TABLE it_takes_writes ()");
+    }
+}
+
+/// PostgreSQL gives such a backup up. It ends with the reason, and does not exist.
+#[test]
+fn a_backup_whose_standby_is_promoted_fails_with_the_reason() {
+    let stage = Stage::new("promoted");
+    let (primary, mut standby) = pair(&stage, 17);
+    primary.psql("CREATE TABLE ballast AS SELECT n, repeat('x', 900) AS filler FROM generate_series(1, 20000) n");
+    let end = primary.flush_lsn();
+    wait_until(MINUTE, "the standby to replay this", || {
+        standby.value(&format!("SELECT (pg_last_wal_replay_lsn() >= '{end}')::int")) == "1"
+    });
+    let walden = archiving(&stage, &[&standby], "any");
+    let config = fs::read_to_string(walden.config_path()).expect("the configuration");
+    let walden = Walden::with_config(&stage, &format!("{config}\n[backup]\nmax_rate = \"1MiB\"\n"));
+    let mut backup = walden.spawn(&["backup"]);
+    wait_until(MINUTE, "files to be streamed", || {
+        standby.value("SELECT count(*) FROM pg_stat_progress_basebackup WHERE backup_streamed > 1000000") == "1"
+    });
+    standby.psql("SELECT pg_promote(false)");
+    standby.wait_promoted(MINUTE);
+    let ended = backup.wait(2 * MINUTE);
+    assert_eq!(ended.code(), Some(1), "{}", backup.log_tail());
+    assert!(backup.log().contains("promoted"), "{}", backup.log_tail());
+    assert_eq!(walden.json(&["list"])["backups"].as_array().map(Vec::len), Some(0));
+}
