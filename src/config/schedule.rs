@@ -38,8 +38,9 @@ fn parse(text: &str) -> Result<Cron, String> {
 
 /// Whether some minute of a day and some day of the calendar fit. The library would look for it through three thousand years.
 fn has_moments(text: &str) -> Result<bool, String> {
-    let fields: Vec<&str> = text.split_ascii_whitespace().collect();
-    let [minute, hour, day, month, weekday] = fields[..] else { return Ok(true) }; // a word such as @daily
+    // Whatever Unicode calls a space, as the library does.
+    let fields: Vec<&str> = text.split_whitespace().collect();
+    let [minute, hour, day, month, weekday] = fields[..] else { return Ok(fields.len() == 1) }; // a word such as @daily
     let fits = |cron: &Cron, at: DateTime| {
         let zoned = at.to_zoned(TimeZone::UTC);
         zoned.is_ok_and(|zoned| cron.is_time_matching(&zoned).unwrap_or(false))
