@@ -12,3 +12,4 @@ mod stores;
 mod timeline;
 mod wal_records;
 mod watched;
+mod wrong_input;
