@@ -1,4 +1,6 @@
 //! The worlds of the table: servers, folders and stores that are not as they should be.
+//!
+//! Long because it is flat: one arm of one `match` for each world, under the name that the table gives it.
 
 use std::collections::BTreeSet;
 use std::fs;
