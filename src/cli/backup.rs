@@ -15,6 +15,10 @@ use crate::daemon::{self, backups};
 use crate::postgres::ReplicationConnection;
 use crate::repository::BackupJson;
 use crate::spool::SpoolError;
+use crate::telemetry::{Board, CauseCode};
+
+/// How often it is looked whether the WAL can come at all.
+const CAUSE_POLL: std::time::Duration = std::time::Duration::from_millis(200);
 
 pub fn run(settings: &Settings, output: &Output, args: &BackupArgs) -> Result<u8, CliError> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
@@ -119,12 +123,42 @@ async fn take(
                 let hint = why.as_ref().map_or("", |why| why.hint());
                 return Err(CliError::new(exit::REFUSED, why.as_ref().map_or_else(String::new, |why| why.describe()), hint));
             }
+            why = no_slot(&board) => {
+                bar.finish_and_clear();
+                return Err(by_cause(&why));
+            }
         },
     };
+    // Alone it is this process that archives, and it knows best why the WAL did not come.
+    let stream = archiver.as_ref().and_then(|_| standing(&board, CauseCode::NotConnected));
     bar.finish_and_clear();
     shutdown.cancel();
     if let Some(archiver) = archiver {
         archiver.stopped().await;
     }
-    taken.map_err(|error| CliError::new(exit::FAILED, backups::describe(&error), error.hint()))
+    taken.map_err(|error| match stream {
+        Some(why) => by_cause(&format!("{}: {why}", backups::describe(&error))),
+        None => CliError::new(exit::FAILED, backups::describe(&error), error.hint()),
+    })
+}
+
+/// A cause's message has what to do behind its first semicolon.
+fn by_cause(why: &str) -> CliError {
+    let (message, hint) = why.split_once("; ").unwrap_or((why, ""));
+    CliError::new(exit::FAILED, message, hint)
+}
+
+/// The message of a cause that stands: what, why, and what to do.
+fn standing(board: &Board, code: CauseCode) -> Option<String> {
+    board.snapshot().causes.into_iter().find(|cause| cause.code == code).map(|cause| cause.message)
+}
+
+/// Without a slot of the right kind the WAL never comes, so nobody is kept waiting for it.
+async fn no_slot(board: &Board) -> String {
+    loop {
+        if let Some(why) = standing(board, CauseCode::SlotMissing) {
+            return why;
+        }
+        tokio::time::sleep(CAUSE_POLL).await;
+    }
 }

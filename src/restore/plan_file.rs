@@ -81,8 +81,9 @@ impl PlanFile {
 
     pub fn read(path: &Path) -> Result<Self, RestoreError> {
         let mut bytes = Vec::new();
-        let file = std::fs::File::open(path).map_err(RestoreError::io("read", path))?;
-        file.take(PLAN_BYTES_MAX + 1).read_to_end(&mut bytes).map_err(RestoreError::io("read", path))?;
+        let unreadable = |error: std::io::Error| RestoreError::PlanFile { path: path.into(), why: error.to_string() };
+        let file = std::fs::File::open(path).map_err(unreadable)?;
+        file.take(PLAN_BYTES_MAX + 1).read_to_end(&mut bytes).map_err(unreadable)?;
         Self::parse(&bytes).map_err(|why| RestoreError::PlanFile { path: path.into(), why })
     }
 

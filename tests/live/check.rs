@@ -273,6 +273,44 @@ fn roles_that_may_not_are_said_and_heal() {
     );
 }
 
+/// A role with LOGIN and REPLICATION and nothing else checks, streams, backs up and sees its slot. With pg_monitor the agent also sees
+/// that commits wait for it.
+#[test]
+fn the_least_privileges_are_enough() {
+    let stage = Stage::new("least");
+    let postgres = Postgres::builder(MAJOR).wal_segsize(1).start(&stage);
+    postgres.psql("CREATE ROLE least LOGIN REPLICATION");
+    let url = format!("host=127.0.0.1 port={} dbname=postgres user=least", postgres.port);
+    let walden = local(&stage, &url);
+    let privileges = |word: &str| {
+        let done = walden.exec(&["check"]);
+        assert_eq!(done.code, Some(0), "{}", done.stdout);
+        let line = done.stdout.lines().find(|line| line.split_whitespace().nth(1) == Some("privileges"));
+        let line = line.expect("privileges are looked at").to_owned();
+        for word in ["LOGIN and REPLICATION", "all that is needed", "pg_monitor", word] {
+            assert!(line.contains(word), "\"{word}\" is not said: {line}");
+        }
+    };
+    privileges("optional: not granted");
+    let mut agent = walden.run_connected();
+    archive_all(&postgres, &mut agent);
+    walden.ok(&["backup"]);
+    let status = agent.wait_status(MINUTE, "the slot, and no complaint", |status| {
+        status["slot"]["wal_status"] == "reserved" && status["healthy"] == true && status["complete_until"].is_string()
+    });
+    assert_eq!(status["causes"].as_array().map(Vec::len), Some(0), "{status}");
+
+    postgres.psql("GRANT pg_monitor TO least");
+    privileges("optional: granted");
+    postgres.psql("ALTER SYSTEM SET synchronous_standby_names = '*'");
+    postgres.psql("SELECT pg_reload_conf()");
+    agent.wait_status(MINUTE, "the cause", |status| has_cause(status, "unexpected_sync"));
+    postgres.psql("ALTER SYSTEM RESET synchronous_standby_names");
+    postgres.psql("SELECT pg_reload_conf()");
+    agent.wait_status(MINUTE, "healthy again", |status| status["healthy"] == true);
+    assert!(agent.sigterm(MINUTE).success());
+}
+
 #[test]
 fn a_server_without_replication_is_said_and_heals() {
     let stage = Stage::new("minimal");

@@ -21,3 +21,4 @@ mod synchronous;
 mod timeline;
 mod wal_records;
 mod watched;
+mod wrong_input;

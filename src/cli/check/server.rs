@@ -9,7 +9,9 @@ use crate::cli::error::chain;
 use crate::cli::output::size as size_text;
 use crate::config::Settings;
 use crate::daemon;
-use crate::postgres::{ConnectSettings, PostgresError, ReplicationConnection, ReplicationPlaces, Sql, shown_duration};
+use crate::postgres::{
+    ConnectSettings, PostgresError, ReplicationConnection, ReplicationPlaces, RoleInfo, Sql, shown_duration,
+};
 use crate::telemetry::{Clock, SystemClock};
 use crate::wal::SystemIdentifier;
 
@@ -122,7 +124,7 @@ async fn ask(
         Ok(sql) => by_sql(settings, sql, report).await,
         Err(error) => {
             report
-                .add(Check::good("privileges", "the role may replicate; what else it may do is not known without SQL"));
+                .add(Check::good("privileges", "LOGIN and REPLICATION, which is all that is needed; whether it has pg_monitor (optional) is not known without SQL"));
             let hint = format!("optional, for the slot's figures and the server's clock: {}", error.hint());
             report.add(Check::remark("sql", chain(error), hint));
             Told::default()
@@ -163,11 +165,7 @@ async fn by_sql(settings: &Settings, sql: &Sql, report: &mut Report) -> Told {
 
 async fn try_sql(settings: &Settings, sql: &Sql, report: &mut Report) -> Result<Told, PostgresError> {
     let role = sql.role().await?;
-    let monitor = if role.monitor { "is" } else { "is not" };
-    report.add(Check::good(
-        "privileges",
-        format!("the role may replicate, and {monitor} a member of pg_monitor (optional)"),
-    ));
+    report.add(Check::good("privileges", privileges(&role)));
     let clock = SystemClock::new();
     let before = clock.wall();
     let (server, _) = sql.flush_position().await?;
@@ -180,6 +178,18 @@ async fn try_sql(settings: &Settings, sql: &Sql, report: &mut Report) -> Result<
     let role = if sql.is_in_recovery().await? { "a standby" } else { "a primary" };
     report.add(Check::good("sql", format!("works; the server is {role}")));
     Ok(Told { skew_seconds, places, slot })
+}
+
+/// LOGIN and REPLICATION are proved by the connection.
+fn privileges(role: &RoleInfo) -> String {
+    let monitor = match (role.superuser, role.monitor) {
+        (true, _) => return "a superuser; LOGIN and REPLICATION are enough, pg_monitor is optional".into(),
+        (false, true) => "granted",
+        (false, false) => "not granted",
+    };
+    format!(
+        "LOGIN and REPLICATION, which is all that is needed; pg_monitor, which also shows whether commits wait for Walden, is optional: {monitor}"
+    )
 }
 
 fn wal_level(level: &str) -> Check {

@@ -18,7 +18,7 @@ pub(super) async fn patiently<F: Future<Output = Result<FetchOutcome, RestoreErr
     mut attempt: impl FnMut() -> F,
 ) -> Result<FetchOutcome, RestoreError> {
     let started = Instant::now();
-    let (mut backoff, mut tries) = (Backoff::new(DELAY_MAX), 0);
+    let (mut backoff, mut tries, mut told) = (Backoff::new(DELAY_MAX), 0, String::new());
     loop {
         let error = match tokio::time::timeout(patience.saturating_sub(started.elapsed()), attempt()).await {
             Ok(Ok(outcome)) => return Ok(outcome),
@@ -35,7 +35,12 @@ pub(super) async fn patiently<F: Future<Output = Result<FetchOutcome, RestoreErr
         if tries >= tries_max || started.elapsed() + delay >= patience {
             return Err(error);
         }
-        tracing::warn!(error = %crate::restore::error::with_sources(&error), "trying again");
+        // Into PostgreSQL's log, and the same words once only.
+        let why = crate::restore::error::with_sources(&error);
+        if why != told {
+            tracing::warn!("trying again for {} s: {why}", patience.as_secs());
+            told = why;
+        }
         tokio::time::sleep(delay).await;
     }
 }
