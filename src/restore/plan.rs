@@ -67,7 +67,7 @@ pub enum RecoveryStop {
         lsn: Lsn,
         inclusive: bool,
     },
-    /// `recovery_target = 'immediate'`: as soon as the backup is consistent.
+    /// `recovery_target = 'immediate'`: before the first record after the backup's stop LSN, which must be there.
     Immediate,
 }
 
@@ -114,18 +114,16 @@ pub fn choose<'a>(
     if let Some(time) = time {
         check_not_before(backup, cut, time)?;
     }
-    let stop = match cut.stop {
-        // No record lies after the backup's stop LSN, and stopping at one before it would be refused by PostgreSQL.
-        Stop::Through { record, .. } if record < backup.stop_lsn => RecoveryStop::Immediate,
-        stop => RecoveryStop::Lsn { lsn: stop.lsn(), inclusive: stop.inclusive() },
-    };
-    Ok(Choice { backup, stop })
+    // Also where no record lies after the backup's stop LSN, as in one from an idle standby: PostgreSQL looks whether it is
+    // consistent before it stops behind a record. `immediate` would wait there for a record to stop before, and end with a
+    // FATAL (`recoveryStopsBefore`, `recoveryStopsAfter` in `src/backend/access/transam/xlogrecovery.c`).
+    Ok(Choice { backup, stop: RecoveryStop::Lsn { lsn: cut.stop.lsn(), inclusive: cut.stop.inclusive() } })
 }
 
 fn serves(backup: &BackupJson, cut: &Cut) -> bool {
     match cut.stop {
         Stop::Before(lsn) => backup.stop_lsn <= lsn,
-        // The record that ends the backup's WAL is enough: `immediate` stops behind it.
+        // The record that ends the backup's WAL is enough.
         Stop::Through { end, .. } => backup.stop_lsn <= end || backup.stop_lsn <= cut.stop.reached_at(),
     }
 }

@@ -59,14 +59,15 @@ fn the_newest_backup_that_stopped_at_or_before_the_cut_serves() {
 }
 
 #[test]
-fn a_record_to_keep_is_the_target_unless_it_ends_the_backup() {
+fn a_record_to_keep_is_the_target_also_when_it_ends_the_backup() {
     let catalog = two_backups();
     let (id, stop) = chosen(&catalog, &through(3 * MIB, 3 * MIB + 50), None).unwrap();
     assert_eq!(id, "20261120T030000Z-full");
     assert_eq!(stop, RecoveryStop::Lsn { lsn: Lsn::new(3 * MIB), inclusive: true });
     // The last record held is the one that ends the backup: no record lies after the stop LSN.
     let (id, stop) = chosen(&catalog, &through(2 * MIB + 360, 2 * MIB + 400), None).unwrap();
-    assert_eq!((id.as_str(), stop), ("20261120T030000Z-full", RecoveryStop::Immediate));
+    assert_eq!(id, "20261120T030000Z-full");
+    assert_eq!(stop, RecoveryStop::Lsn { lsn: Lsn::new(2 * MIB + 360), inclusive: true });
     // A record before it: the older backup.
     let (id, stop) = chosen(&catalog, &through(2 * MIB + 300, 2 * MIB + 340), None).unwrap();
     assert_eq!(id, "20261120T020000Z-full");

@@ -161,28 +161,29 @@ async fn resolve(archive: &Archive, catalog: &Catalog, request: &Request) -> Res
     let branch = plan::choose_branch(catalog, request)?;
     let stretches = catalog.stretches(&branch);
     let resolved = match &request.target {
-        Target::Immediate => immediate(catalog, &branch, &stretches, request)?,
+        Target::Immediate => immediate(archive, catalog, &branch, &stretches, request).await?,
         _ => searched(archive, catalog, &branch, &stretches, request).await?,
     };
     finish(archive, &branch, request, resolved).await
 }
 
-fn immediate<'a>(
+/// The first moment at which a backup is consistent: before the first record from its stop LSN on, or behind the last one.
+async fn immediate<'a>(
+    archive: &'a Archive,
     catalog: &'a Catalog,
     branch: &'a TimelineHistory,
     stretches: &'a [Stretch],
     request: &Request,
 ) -> Result<Resolved<'a>, Failure> {
     let (choice, index) = plan::choose_immediate(catalog, branch, stretches, request.backup.as_ref())?;
-    Ok(Resolved {
-        stretch: &stretches[index],
-        backup: choice.backup,
-        stop: choice.stop,
-        last_kept: None,
-        first_left_out: None,
-        through: Lsn::new(choice.backup.stop_lsn.get().saturating_sub(1)),
-        until: choice.backup.stop_lsn,
-    })
+    let target = SearchTarget::Lsn { lsn: choice.backup.stop_lsn, exclusive: true };
+    let (at, backups) = ((stretches, index), [choice.backup]);
+    let (found, _) = search_stretch(archive, catalog, branch, at, &backups, choice.backup.start_lsn, &target).await?;
+    let stop = match found.stop {
+        RecoveryStop::Lsn { inclusive: false, .. } => choice.stop,
+        behind_the_last => behind_the_last,
+    };
+    Ok(Resolved { stop, ..found })
 }
 
 /// Searches the stretches that a backup reaches, the newest first.

@@ -61,6 +61,27 @@ async fn a_sealed_file_is_linked_once_and_copied_for_a_second_repository() {
     assert!(std::fs::read(&one).unwrap() == content && std::fs::read(&two).unwrap() == content);
 }
 
+/// A file system that was unmounted under a running agent looked like a new repository, and was begun anew below the mount point.
+#[tokio::test]
+async fn a_root_that_vanishes_is_not_begun_anew() {
+    let folder = tempfile::tempdir().unwrap();
+    let (root, away) = (folder.path().join("archive"), folder.path().join("unmounted"));
+    let store = open_local(&root);
+    put(&store, "a/b", &noise(10, 1)).await.unwrap();
+    std::fs::rename(&root, &away).unwrap();
+    assert!(matches!(put(&store, "a/c", &Bytes::new()).await, Err(StorageError::NoBucket { .. })));
+    assert!(!root.exists());
+    // The mount point stays when the file system goes.
+    std::fs::create_dir(&root).unwrap();
+    assert!(matches!(put(&store, "a/c", &Bytes::new()).await, Err(StorageError::NoBucket { .. })));
+    let swapped = store.compare_and_swap("a/lease.json", Bytes::from_static(b"{}"), None).await;
+    assert!(matches!(swapped, Err(StorageError::NoBucket { .. })));
+    assert_eq!(std::fs::read_dir(&root).unwrap().count(), 0);
+    std::fs::remove_dir(&root).unwrap();
+    std::fs::rename(&away, &root).unwrap();
+    put(&store, "a/c", &noise(10, 2)).await.unwrap();
+}
+
 #[tokio::test]
 async fn a_missing_root_is_made_by_a_write_and_never_read_as_empty() {
     let folder = tempfile::tempdir().unwrap();

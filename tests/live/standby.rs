@@ -22,9 +22,7 @@ fn a_backup_from_an_idle_standby_ends_and_restores() {
         ledger.commit_many(5);
         primary.psql("CHECKPOINT");
         let end = primary.flush_lsn();
-        wait_until(MINUTE, "the standby to replay these", || {
-            standby.value(&format!("SELECT (pg_last_wal_replay_lsn() >= '{end}')::int")) == "1"
-        });
+        wait_until(MINUTE, "the standby to replay these", || standby.lsn("SELECT pg_last_wal_replay_lsn()") >= end);
         let walden = archiving(&stage, &[&standby], "standby");
         let finished = walden.exec(&["backup"]);
         assert_eq!(finished.code, Some(0), "{major}: {}", finished.stderr);
@@ -42,15 +40,13 @@ fn a_backup_whose_standby_is_promoted_fails_with_the_reason() {
     let (primary, mut standby) = pair(&stage, 17);
     primary.psql("CREATE TABLE ballast AS SELECT n, repeat('x', 900) AS filler FROM generate_series(1, 20000) n");
     let end = primary.flush_lsn();
-    wait_until(MINUTE, "the standby to replay this", || {
-        standby.value(&format!("SELECT (pg_last_wal_replay_lsn() >= '{end}')::int")) == "1"
-    });
+    wait_until(MINUTE, "the standby to replay this", || standby.lsn("SELECT pg_last_wal_replay_lsn()") >= end);
     let walden = archiving(&stage, &[&standby], "any");
     let config = fs::read_to_string(walden.config_path()).expect("the configuration");
     let walden = Walden::with_config(&stage, &format!("{config}\n[backup]\nmax_rate = \"1MiB\"\n"));
     let mut backup = walden.spawn(&["backup"]);
     wait_until(MINUTE, "files to be streamed", || {
-        standby.value("SELECT count(*) FROM pg_stat_progress_basebackup WHERE backup_streamed > 1000000") == "1"
+        standby.value("SELECT count(*) FROM pg_stat_progress_basebackup WHERE backup_streamed > 1000000") != "0"
     });
     standby.psql("SELECT pg_promote(false)");
     standby.wait_promoted(MINUTE);

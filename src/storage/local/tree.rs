@@ -25,12 +25,14 @@ pub(super) struct Tree {
     pub(super) url: String,
     /// Directories (keys without a trailing slash, "" is the root) whose chain of names this process has flushed.
     flushed: Mutex<HashSet<String>>,
+    /// The root that this process has written to: its device and inode.
+    written: Mutex<Option<(u64, u64)>>,
 }
 
 impl Tree {
     pub(super) fn new(root: PathBuf) -> Self {
         let url = root.display().to_string();
-        Self { root, url, flushed: Mutex::new(HashSet::new()) }
+        Self { root, url, flushed: Mutex::new(HashSet::new()), written: Mutex::new(None) }
     }
 
     /// The directory `key` for reading; `None` if it is not there. A missing root is an error: an unmounted repository is not an empty one.
@@ -121,8 +123,10 @@ impl Tree {
 
     fn make_root(&self) -> Result<OwnedFd, StorageError> {
         match rustix::fs::open(&self.root, OPEN_DIRECTORY, Mode::empty()) {
-            Ok(root) if self.is_flushed("") => return Ok(root),
+            Ok(root) if self.is_flushed("") => return self.same_root(root),
             Ok(_) => {}
+            // It was there: a file system that was unmounted is not begun anew on the disk below it.
+            Err(Errno::NOENT) if self.is_flushed("") => return Err(self.root_error(Errno::NOENT)),
             Err(Errno::NOENT) => match rustix::fs::mkdir(&self.root, DIRECTORY_MODE) {
                 Ok(()) => {
                     rustix::fs::chmod(&self.root, DIRECTORY_MODE).map_err(|errno| self.root_error(errno))?;
@@ -146,6 +150,18 @@ impl Tree {
             Err(errno) => return Err(self.root_error(errno)),
         }
         self.lock_flushed().insert(String::new());
+        self.same_root(root)
+    }
+
+    /// Refuses an empty directory that stands where another one was written to: the mount point of a file system that is gone.
+    fn same_root(&self, root: OwnedFd) -> Result<OwnedFd, StorageError> {
+        let status = rustix::fs::fstat(&root).map_err(|errno| self.root_error(errno))?;
+        let found = (status.st_dev, status.st_ino);
+        let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
+        if written.is_some_and(|written| written != found) && is_empty(&root).map_err(|errno| self.root_error(errno))? {
+            return Err(self.root_error(Errno::NOENT));
+        }
+        *written = Some(found);
         Ok(root)
     }
 
@@ -185,6 +201,15 @@ impl Tree {
             _ => StorageError::Unavailable { url, what, source },
         }
     }
+}
+
+fn is_empty(directory: &OwnedFd) -> Result<bool, Errno> {
+    for entry in rustix::fs::Dir::read_from(directory)? {
+        if !matches!(entry?.file_name().to_bytes(), b"." | b"..") {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// Removes what a writer left behind that died before it could publish. Living writers hold a lock on theirs.
