@@ -7,6 +7,7 @@ use crate::restore::configure::{ArchiveMode, ConfigSource};
 use crate::restore::{Request, Target};
 use crate::seal::Encoder;
 use crate::storage::Body;
+use crate::wal::testing::WalWriter;
 use crate::wal::{Lsn, SegmentName, SegmentSize, TimelineId};
 
 const MIB: u64 = 1 << 20;
@@ -45,7 +46,14 @@ impl Bench {
         let writer = writer(folder.path()).await;
         let size = SegmentSize::new(MIB).unwrap();
         let segment = SegmentName::holding(TimelineId::FIRST, Lsn::new(2 * MIB), size);
-        let raw = vec![5; MIB as usize];
+        let mut wal = WalWriter::new(2 * MIB, size);
+        wal.system_identifier = SYSTEM.get();
+        // The backup's only record, and one behind it.
+        wal.filler(7, 0x100 - 24 - 2);
+        assert_eq!(wal.position(), 2 * MIB + 0x128);
+        wal.filler(8, 100);
+        wal.zero_to_segment_end();
+        let raw = wal.bytes;
         writer.put_segment(segment, &seal(segment, 0, &raw, Compression::Lz4)).await.unwrap();
         let id = crate::repository::BackupId::parse("20261120T020000Z-full").unwrap();
         let backups = writer.archive().backup_writer(id).await.unwrap();
