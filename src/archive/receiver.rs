@@ -285,6 +285,8 @@ impl Receiver<'_> {
     }
 
     async fn send_status(&mut self, reply: bool) -> Result<(), ArchiveError> {
+        // What the server is told is shown as well, and not later.
+        self.board.set_durable(self.disk.state.borrow().durable);
         let reported = self.reported();
         // A server that does not read must not hold this loop for ever.
         let sent =

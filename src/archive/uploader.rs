@@ -106,6 +106,8 @@ struct Course {
     joined: bool,
     /// The segment whose pieces are being shipped and where the next one starts.
     piece_at: Option<(SegmentName, u64)>,
+    /// The same of the segment before: until it is stored whole, its pieces are what there is of it.
+    piece_before: Option<(SegmentName, u64)>,
     piece_in_flight: bool,
     /// A piece could not be read: the file is waited for.
     piece_not_before: Option<Instant>,
@@ -213,7 +215,13 @@ impl Uploader {
         self.drop_stale_pieces(&writer).await;
         let mut ships: JoinSet<Shipped> = JoinSet::new();
         let mut in_flight: Vec<String> = Vec::new();
-        let mut course = Course { joined: false, piece_at: None, piece_in_flight: false, piece_not_before: None };
+        let mut course = Course {
+            joined: false,
+            piece_at: None,
+            piece_before: None,
+            piece_in_flight: false,
+            piece_not_before: None,
+        };
         let mut backlog_changed = self.backlog.subscribe();
         let mut tail_changed = self.tail.subscribe();
         let mut renew = tokio::time::interval(LEASE_RENEW);
@@ -238,7 +246,7 @@ impl Uploader {
             if self.tail_on
                 && !course.piece_in_flight
                 && course.piece_not_before.is_none_or(|at| Instant::now() >= at)
-                && let Some(piece) = self.next_piece(&writer, &mut course.piece_at).await
+                && let Some(piece) = self.next_piece(&writer, &mut course).await
             {
                 course.piece_in_flight = true;
                 ships.spawn(self.clone().ship_piece(writer.clone(), piece, cancel.clone()));
@@ -382,12 +390,10 @@ impl Uploader {
     /// Moves the figures: what this repository holds without a gap, tail included.
     fn show(&self, course: &Course) {
         if let Some((_, sealed)) = self.whole_until().filter(|_| course.joined) {
-            let archived = match course.piece_at {
-                Some((segment, end)) if segment.start() == self.segment_size.start_of(sealed) => {
-                    sealed.max(Lsn::new(segment.start().get() + end))
-                }
-                _ => sealed,
-            };
+            let pieces = course.piece_before.into_iter().chain(course.piece_at);
+            let behind_it = pieces.filter(|(segment, _)| segment.start() == self.segment_size.start_of(sealed));
+            let archived =
+                behind_it.fold(sealed, |end, (segment, piece)| end.max(Lsn::new(segment.start().get() + piece)));
             self.shown.set_archived(archived);
             let lowest = self.board.archived();
             self.archived.send_if_modified(|known| std::mem::replace(known, lowest) != lowest);
@@ -397,24 +403,27 @@ impl Uploader {
     }
 
     /// The next piece to ship, or nothing new. On another segment, first asks what the repository has of it.
-    async fn next_piece(&self, writer: &RepositoryWriter, piece_at: &mut Option<(SegmentName, u64)>) -> Option<Piece> {
+    async fn next_piece(&self, writer: &RepositoryWriter, course: &mut Course) -> Option<Piece> {
         let settings = self.wal.borrow().clone()?;
         let segment = self.tail.segment()?;
         // A timeline's history comes first (I10).
         if self.backlog.lacks_history(self.shown.name(), segment.timeline()) {
             return None;
         }
-        if piece_at.is_none_or(|(at, _)| at != segment) {
+        if course.piece_at.is_none_or(|(at, _)| at != segment) {
             // A writer lists a segment's pieces before its first write and goes on at their contiguous end.
             match writer.archive().pieces(segment).await {
-                Ok(pieces) => *piece_at = Some((segment, u64::from(PieceChain::of(&pieces).end))),
+                Ok(pieces) => {
+                    course.piece_before = course.piece_at;
+                    course.piece_at = Some((segment, u64::from(PieceChain::of(&pieces).end)));
+                }
                 Err(error) => {
                     self.failing.set(&self.board, &self.shown, Some(describe(&error)));
                     return None;
                 }
             }
         }
-        let (_, from) = (*piece_at)?;
+        let (_, from) = course.piece_at?;
         self.tail.piece(&settings, segment, from)
     }
 

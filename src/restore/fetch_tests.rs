@@ -48,11 +48,10 @@ impl Bench {
         let segment = SegmentName::holding(TimelineId::FIRST, Lsn::new(2 * MIB), size);
         let mut wal = WalWriter::new(2 * MIB, size);
         wal.system_identifier = SYSTEM.get();
-        // The backup's only record, and one behind it.
+        // The backup's only record, and what switches the segment behind it.
         wal.filler(7, 0x100 - 24 - 2);
         assert_eq!(wal.position(), 2 * MIB + 0x128);
-        wal.filler(8, 100);
-        wal.zero_to_segment_end();
+        wal.switch();
         let raw = wal.bytes;
         writer.put_segment(segment, &seal(segment, 0, &raw, Compression::Lz4)).await.unwrap();
         let id = crate::repository::BackupId::parse("20261120T020000Z-full").unwrap();
