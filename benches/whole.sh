@@ -184,7 +184,7 @@ restore_walden() {
 }
 median restore_theirs
 theirs_wall="$wall"
-table+=("$(row 'restore: `lz4 -d \| tar -x`, two at a time, `sync`' "$wall" '' '' '' '' '')")
+table+=("$(row 'restore: `lz4 -d` into `tar -x`, two at a time, then `sync`' "$wall" '' '' '' '' '')")
 median restore_walden
 table+=("$(row 'restore: walden' "$wall" "$cpu" "$(per_gib "$cpu")" "$(mib "$peak")" '' "wall $(ratio "$wall" "$theirs_wall") (≤ 1.0)")")
 

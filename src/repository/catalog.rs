@@ -22,6 +22,8 @@ pub struct Catalog {
     pub gaps: Vec<Gap>,
     /// A hint, never proof.
     pub coverage: Option<Coverage>,
+    /// Why a `backup.json` that is there cannot be read, with its key, one line each.
+    pub damaged_backups: Vec<String>,
     /// Objects that are not what their place asks for, the first hundred.
     pub complaints: Vec<ObjectComplaint>,
     pub complaint_count: u64,
@@ -183,6 +185,7 @@ impl CatalogBuilder {
                 backups: Vec::new(),
                 gaps: Vec::new(),
                 coverage: None,
+                damaged_backups: Vec::new(),
                 complaints: Vec::new(),
                 complaint_count: 0,
             },
@@ -194,6 +197,11 @@ impl CatalogBuilder {
         if self.catalog.complaints.len() < COMPLAINTS_MAX {
             self.catalog.complaints.push(ObjectComplaint { key: key.into(), why: why.into() });
         }
+    }
+
+    pub fn damaged_backup(&mut self, why: String) {
+        self.complain("", &why);
+        self.catalog.damaged_backups.push(why);
     }
 
     /// Takes in one listed object below `wal/` or `tail/`. Histories are given by `history`, once read.

@@ -365,7 +365,7 @@ impl Archive {
         for backup in backups {
             match backup {
                 Ok(backup) => builder.backup(backup),
-                Err(error) => builder.complain("", &with_sources(&error)),
+                Err(error) => builder.damaged_backup(with_sources(&error)),
             }
         }
         if let Some(size) = size {

@@ -31,6 +31,8 @@ pub enum RestoreError {
     },
     #[error("backup {backup} is damaged: {why}")]
     DamagedBackup { backup: String, why: String },
+    #[error("the backup cannot be used: {why}")]
+    UnreadableBackup { why: String },
     #[error("{} cannot be {what}", path.display())]
     Io {
         what: &'static str,
@@ -67,6 +69,7 @@ impl RestoreError {
             | Self::DamagedWal { .. }
             | Self::DamagedPart { .. }
             | Self::DamagedBackup { .. }
+            | Self::UnreadableBackup { .. }
             | Self::Server { .. }
             | Self::PlanFile { .. } => NextStep::Stop,
         }
@@ -82,7 +85,10 @@ impl RestoreError {
             Self::NotEmpty { .. } => "choose another directory, or give `--force`: it is renamed then, never deleted",
             Self::ServerRunning { .. } => "stop the server, or remove postmaster.pid if it is a leftover",
             Self::Repository(error) => error.hint(),
-            Self::DamagedWal { .. } | Self::DamagedPart { .. } | Self::DamagedBackup { .. } => {
+            Self::DamagedWal { .. }
+            | Self::DamagedPart { .. }
+            | Self::DamagedBackup { .. }
+            | Self::UnreadableBackup { .. } => {
                 "restore from another repository (`--repository`) or an older backup (`--backup`)"
             }
             Self::Io { .. } => "check the owner, the mode and the free space of the directory",
@@ -98,7 +104,10 @@ impl RestoreError {
             Self::Target { .. } => 2,
             Self::Unreachable { .. } => 3,
             Self::NotEmpty { .. } | Self::ServerRunning { .. } | Self::Refused { .. } => 4,
-            Self::DamagedWal { .. } | Self::DamagedPart { .. } | Self::DamagedBackup { .. } => 5,
+            Self::DamagedWal { .. }
+            | Self::DamagedPart { .. }
+            | Self::DamagedBackup { .. }
+            | Self::UnreadableBackup { .. } => 5,
             Self::Repository(error) => repository_exit_code(error),
             Self::Io { .. } | Self::Server { .. } | Self::PlanFile { .. } | Self::Changed { .. } => 1,
             Self::Timeout { .. } => 1,

@@ -129,6 +129,22 @@ impl Bench {
     }
 }
 
+/// It was told as "there is no backup", with the code of a target that cannot be reached.
+#[tokio::test]
+async fn a_damaged_backup_json_is_damage_and_not_absence() {
+    let control = control();
+    let owned = files(&control);
+    let files: Vec<(&str, &[u8])> = owned.iter().map(|(path, data)| (*path, data.as_slice())).collect();
+    let bench = Bench::new(&files, &[]).await;
+    let id = crate::repository::BackupId::parse("20261120T020000Z-full").unwrap();
+    let key = bench.writer.archive().keys().backup_object(&id, "backup.json");
+    let path = std::path::Path::new(&bench.writer.archive().repository().url()).join(&key);
+    std::fs::write(&path, b"{\"format\": 1, \"id\": ").unwrap();
+    let error = bench.plan().await.unwrap_err();
+    assert_eq!(error.exit_code(), 5, "{error}");
+    assert!(error.to_string().contains(&key), "{error}");
+}
+
 fn files(control: &[u8]) -> Vec<(&'static str, Vec<u8>)> {
     vec![
         ("PG_VERSION", b"17\n".to_vec()),

@@ -155,6 +155,15 @@ struct Resolved<'a> {
 }
 
 async fn resolve(archive: &Archive, catalog: &Catalog, request: &Request) -> Result<Plan, Failure> {
+    // One that is there and damaged is not one that never was.
+    let wanted = request.backup.as_ref().filter(|id| catalog.backup(id).is_none()).map(ToString::to_string);
+    let unreadable = match &wanted {
+        Some(id) => catalog.damaged_backups.iter().find(|why| why.contains(id)),
+        None => catalog.damaged_backups.first().filter(|_| catalog.backups.is_empty()),
+    };
+    if let Some(why) = unreadable {
+        return Err(Failure::Other(RestoreError::UnreadableBackup { why: why.clone() }));
+    }
     if catalog.backups.is_empty() {
         return Err(Unreachable("there is no backup".into()).into());
     }
