@@ -40,9 +40,10 @@ fn a_backup_whose_standby_is_promoted_fails_with_the_reason() {
     let (_primary, mut standby) = pair(&stage, 17);
     let walden = archiving(&stage, &[&standby], "any");
     let config = fs::read_to_string(walden.config_path()).expect("the configuration");
-    let walden = Walden::with_config(&stage, &format!("{config}\n[backup]\nmax_rate = \"1MiB\"\n"));
+    let walden = Walden::with_config(&stage, &config.replace("[backup]\n", "[backup]\nmax_rate = \"1MiB\"\n"));
     let mut backup = walden.spawn(&["backup"]);
     wait_until(MINUTE, "files to be streamed", || {
+        assert!(backup.is_running(), "{}", backup.log_tail());
         standby.value("SELECT count(*) FROM pg_stat_progress_basebackup WHERE backup_streamed > 1000000") != "0"
     });
     standby.psql("SELECT pg_promote(false)");
