@@ -1,5 +1,7 @@
 //! `walden run`: the agent, until SIGTERM or SIGINT.
 
+use std::time::Duration;
+
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
@@ -7,6 +9,9 @@ use super::error::CliError;
 use super::exit;
 use crate::config::Settings;
 use crate::daemon;
+
+/// How long blocking work may still go on when everything has ended.
+const LEFTOVERS: Duration = Duration::from_secs(1);
 
 pub fn run(settings: &Settings) -> Result<u8, CliError> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -16,7 +21,7 @@ pub fn run(settings: &Settings) -> Result<u8, CliError> {
         .enable_all()
         .build()
         .map_err(|error| CliError::from_error(exit::FAILED, &error, "check the limits of this user (ulimit -a)"))?;
-    runtime.block_on(async {
+    let ended = runtime.block_on(async {
         let shutdown = CancellationToken::new();
         let (reload, reloads) = tokio::sync::mpsc::channel(1);
         watch_signals(shutdown.clone(), reload)?;
@@ -24,7 +29,10 @@ pub fn run(settings: &Settings) -> Result<u8, CliError> {
             Ok(()) => Ok(exit::DONE),
             Err(error) => Err(CliError::from_error(error.exit_code(), &error, error.hint())),
         }
-    })
+    });
+    // Whatever still waits for a store or a disk that hangs has nothing more to say.
+    runtime.shutdown_timeout(LEFTOVERS);
+    ended
 }
 
 /// SIGTERM and SIGINT cancel the token, for commands that somebody waits for.

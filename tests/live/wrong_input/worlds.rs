@@ -244,10 +244,15 @@ impl Worlds {
     fn served(&mut self, user: &str) -> Plan {
         let mut plan = self.plan();
         let postgres = self.server();
+        // The server may find only now that a killed agent's connection is gone.
         wait_until(MINUTE, "the world before to end", || {
-            postgres.value("SELECT count(*) FROM pg_replication_slots WHERE active") == "0"
+            postgres.psql(
+                "DO $$ DECLARE s record; BEGIN FOR s IN SELECT slot_name FROM pg_replication_slots LOOP \
+                 BEGIN PERFORM pg_drop_replication_slot(s.slot_name); EXCEPTION WHEN object_in_use THEN NULL; END; \
+                 END LOOP; END $$",
+            );
+            postgres.value("SELECT count(*) FROM pg_replication_slots") == "0"
         });
-        postgres.psql("SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots");
         plan.url = format!("host=127.0.0.1 port={} dbname=postgres user={user}", postgres.port);
         plan.named.push((postgres.port.to_string(), "{port}"));
         plan.named.push((postgres.system_identifier().to_string(), "{system}"));
