@@ -168,8 +168,10 @@ impl ObjectHeader {
         if self.kind == ObjectKind::Segment && self.raw_size != size {
             return wrong("a segment that is not complete");
         }
-        let frames = HEADER_LEN as u64 + self.overflow.map_or(0, |n| n.saturating_add(8));
-        if self.overflow.is_some_and(|n| n > OVERFLOW_MAX as u64) || self.stored_size < frames {
+        if self.overflow.is_some_and(|n| n > OVERFLOW_MAX as u64) {
+            return wrong("its lists are too long");
+        }
+        if self.stored_size < HEADER_LEN as u64 + self.overflow.map_or(0, |n| n + 8) {
             return wrong("its sizes disagree");
         }
         Ok(())

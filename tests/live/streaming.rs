@@ -7,13 +7,15 @@ use std::time::Duration;
 use walden::wal::Lsn;
 
 use crate::support::oracle::{assert_no_temporary_names, cluster_folder, compare_fetched, compare_stored, files_below};
-use crate::support::{Agent, Ledger, Postgres, Recorder, Stage, Walden, eventually, has_cause, parts, wait_until};
+use crate::support::{
+    Agent, Ledger, Postgres, Recorder, Stage, Walden, eventually, has_cause, is_full, parts, wait_until,
+};
 
 const MINUTE: Duration = Duration::from_secs(60);
 
 /// The majors that a change is tested on; all that are set up in the full run.
 pub fn majors() -> Vec<u32> {
-    if std::env::var_os("WALDEN_TEST_FULL").is_some() { parts::postgres_majors() } else { vec![15, 17] }
+    if is_full() { parts::postgres_majors() } else { vec![15, 17] }
 }
 
 /// Ends the segment that is open and waits until it is in the repository and in the oracle.
@@ -181,7 +183,7 @@ fn another_cluster_is_refused_before_streaming() {
 #[test]
 fn segments_of_any_size_have_the_right_names() {
     // The largest takes minutes and gigabytes: with the long runs.
-    let sizes: &[u32] = if std::env::var_os("WALDEN_TEST_FULL").is_some() { &[1, 64, 1024] } else { &[1, 64] };
+    let sizes: &[u32] = if is_full() { &[1, 64, 1024] } else { &[1, 64] };
     for &mib in sizes {
         let stage = Stage::new("size");
         let postgres = Postgres::builder(15).wal_segsize(mib).start(&stage);

@@ -22,6 +22,11 @@ pub mod stage;
 pub mod wait;
 pub mod walden;
 
+/// The long runs: `make test-full`.
+pub fn is_full() -> bool {
+    std::env::var_os("WALDEN_TEST_FULL").is_some()
+}
+
 pub use ledger::{Entry, Ledger, Recorder};
 pub use postgres::{Builder, Load, Postgres};
 pub use sql::Sql;
