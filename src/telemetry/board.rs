@@ -367,13 +367,8 @@ impl Board {
         self.facts().alert = alert;
     }
 
-    /// Compares the thresholds with what is known, and raises or clears `lag`, `rpo` and `slot_retention`. To be called every
-    /// second, so that the logs tell them in time.
-    pub fn evaluate(&self) {
-        self.snapshot();
-    }
-
-    /// What is known now. Evaluates first, so that a snapshot never tells a state that has passed.
+    /// What is known now. Compares it with the thresholds first, and raises or clears `lag`, `rpo` and `slot_retention`: a snapshot
+    /// never tells a state that has passed.
     pub fn snapshot(&self) -> Snapshot {
         let monotonic = self.shared.clock.monotonic();
         let wall = self.shared.clock.wall();

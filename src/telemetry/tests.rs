@@ -123,7 +123,7 @@ fn a_stream_that_stands_still_behind_the_server_is_an_alarm() {
     for _ in 0..16 {
         clock.forward(2);
         board.note_flush_sample(clock.wall(), Lsn::new(SEGMENT + MIB));
-        board.evaluate();
+        board.snapshot();
     }
     assert!(board.snapshot().healthy(), "behind for 30 s only");
     clock.forward(2);

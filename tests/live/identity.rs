@@ -17,7 +17,7 @@ const MINUTE: Duration = Duration::from_secs(60);
 const ALARM: Duration = Duration::from_secs(30);
 
 /// Every object below a folder with its content's checksum, but the two that may change.
-fn content(folder: &Path) -> Vec<(PathBuf, u32)> {
+pub fn content(folder: &Path) -> Vec<(PathBuf, u32)> {
     let mut files: Vec<_> = files_below(folder)
         .into_iter()
         .filter(|path| !path.ends_with("lease.json") && !path.ends_with("coverage.json"))

@@ -9,7 +9,7 @@ pub mod hosts;
 mod house;
 mod pages;
 mod refusals;
-mod identity;
+pub mod identity;
 mod lease;
 pub mod restore;
 mod shipping;

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use walden::wal::{Lsn, SegmentName, TimelineId};
 
+use super::identity::content;
 use super::restore::restore;
 use super::streaming::archive_all;
 use crate::support::ledger::{Entry, assert_rows};
@@ -101,15 +102,7 @@ fn a_rolled_back_copy_is_refused() {
     fs::remove_dir_all(&data).expect("removed");
     fs::rename(&copy, &data).expect("put in its place");
     postgres.start();
-    let content = || {
-        let mut files: Vec<_> = files_below(&walden.repository())
-            .into_iter()
-            .filter(|path| !path.ends_with("lease.json") && !path.ends_with("coverage.json"))
-            .map(|path| (path.clone(), crc32fast::hash(&fs::read(&path).expect("an object"))))
-            .collect();
-        files.sort();
-        files
-    };
+    let content = || content(&walden.repository());
     let before = content();
 
     let mut agent = walden.run();
