@@ -104,7 +104,12 @@ impl Backups {
                 () = self.shutdown.cancelled() => return,
             }
             if self.board.course() != seen.course || tokio::time::Instant::now() >= look_after {
-                look_after = tokio::time::Instant::now() + self.look_again(&mut seen).await;
+                // A store that hangs must not hold up the end.
+                look_after = tokio::time::Instant::now()
+                    + tokio::select! {
+                        pause = self.look_again(&mut seen) => pause,
+                        () = self.shutdown.cancelled() => return,
+                    };
             }
             let now = jiff::Timestamp::now();
             let settings = self.backup.borrow_and_update().clone();
@@ -162,7 +167,11 @@ impl Backups {
     async fn look_at_repositories(&self) -> Option<bool> {
         let mut backoff = Backoff::new(self.settings.upload.retry_delay_max);
         loop {
-            let error = match self.look_once().await {
+            let looked = tokio::select! {
+                looked = self.look_once() => looked,
+                () = self.shutdown.cancelled() => return None,
+            };
+            let error = match looked {
                 Ok(usable) => return Some(self.backup.borrow().initial && !usable),
                 Err(error) => error,
             };
