@@ -13,7 +13,7 @@ demo: ## stream, back up, lose the data, get it back: on a throw-away server, in
 setup:
 	@tests/setup/all.sh
 
-test: setup lint ## formatter, linter and every test (live on PostgreSQL 15 and 17)
+test: setup lint ## formatter, linter and every test (live on PostgreSQL 13, 15, 17 and 18)
 	$(CARGO) test --locked
 
 test-full: ## the same on PostgreSQL 13 to 18, with the long runs, and the dependency check

@@ -15,7 +15,7 @@ const MINUTE: Duration = Duration::from_secs(60);
 
 /// The majors that a change is tested on; all that are set up in the full run.
 pub fn majors() -> Vec<u32> {
-    if is_full() { parts::postgres_majors() } else { vec![15, 17] }
+    if is_full() { parts::postgres_majors() } else { vec![13, 15, 17, 18] }
 }
 
 /// Ends the segment that is open and waits until it is in the repository and in the oracle.

@@ -7,7 +7,7 @@ here="$project/tests/setup"
 if [ "${1:-}" = full ]; then
   "$here/postgres.sh" 13 14 15 16 17 18 >/dev/null
 else
-  "$here/postgres.sh" 15 17 >/dev/null
+  "$here/postgres.sh" 13 15 17 18 >/dev/null
 fi
 "$here/s3.sh"
 "$here/tools.sh" promtool=prometheus
