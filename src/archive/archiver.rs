@@ -11,10 +11,12 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::backlog::{Backlog, Index};
+use super::guard::SyncGuard;
 use super::held::{find_in_spool, name_finished};
 use super::hosts::OtherHosts;
 use super::identity::{self, Identity};
 use super::live::{Live, LiveSettings, Way};
+use super::pace::Pace;
 use super::tail::Tail;
 use super::turn::Turn;
 use super::uploader::{Failing, Uploader};
@@ -25,7 +27,7 @@ use crate::repository::{Archive, LeaseHolder, Repository};
 use crate::spool::{Spool, SpoolError, SpoolLock, SpooledName};
 use crate::storage::ObjectStore;
 use crate::telemetry::Board;
-use crate::wal::{SegmentName, SegmentSize, SystemIdentifier};
+use crate::wal::{Lsn, SegmentName, SegmentSize, SystemIdentifier};
 
 const LOCK_POLL: Duration = Duration::from_millis(50);
 
@@ -144,6 +146,8 @@ impl Archiver {
                     backlog: backlog.clone(),
                     tail: tail.clone(),
                     tail_on: settings.tail,
+                    durable_in_repository: settings.live.durable_in_repository,
+                    pace: Pace::default(),
                     wal: wal_seen.clone(),
                     board: board.clone(),
                     shown,
@@ -193,6 +197,8 @@ impl Archiver {
             host: 0,
             avoid: None,
             streaming,
+            slot_at: Lsn::ZERO,
+            guard: SyncGuard::new(settings.live.on_delay, settings.live.max_delay),
         };
         let live = std::thread::Builder::new()
             .name("walden-receive".into())

@@ -56,6 +56,8 @@ pub enum Command {
         name: SpooledName,
         frames: SealedFrames,
         end: Lsn,
+        /// What was not cut before. `None` as well for a timeline's last part, which is shipped as it is.
+        last: Option<Box<Stretch>>,
     },
 }
 
@@ -281,9 +283,8 @@ impl Assembler {
         let before = open.out.len();
         self.encoder.cut(&mut open.out)?;
         open.count_body(before);
-        if open.stretch_raw.length > 0 {
-            open.end_stretch(self.indexer.cut());
-        }
+        let last = (open.stretch_raw.length > 0).then(|| Box::new(open.end_stretch(self.indexer.cut())));
+        let last = last.filter(|_| kind == ObjectKind::Segment);
         let suffix = Encoder::suffix(self.settings.compression);
         open.body_crc32 = combine_crc32(open.body_crc32, crc32fast::hash(suffix), suffix.len() as u64);
         open.body_len += suffix.len() as u64; // a few bytes
@@ -293,7 +294,7 @@ impl Assembler {
             self.commands.push(Command::Append(open.out));
         }
         let frames = header.frame(open.body_len);
-        self.commands.push(Command::Seal { name, frames, end: self.position });
+        self.commands.push(Command::Seal { name, frames, end: self.position, last });
         Ok(())
     }
 }

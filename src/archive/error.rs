@@ -37,6 +37,8 @@ pub enum ArchiveError {
     WalGone { why: String },
     #[error("a spooled segment was lost; it is fetched again")]
     FetchAgain,
+    #[error("a repository goes on where the open segment is not cut; it is received again")]
+    CutAgain,
     #[error("another agent holds the lease")]
     NotOurTurn,
     #[error("the server ended the stream")]
@@ -100,6 +102,7 @@ impl ArchiveError {
             | Self::Silent { .. }
             | Self::StreamEnded
             | Self::FetchAgain
+            | Self::CutAgain
             | Self::NotOurTurn
             | Self::WalGone { .. }
             | Self::Jump { .. } => NextStep::Retry,
@@ -161,6 +164,7 @@ impl ArchiveError {
             Self::Remove { .. } | Self::Read { .. } => "check the owner and the mode of the spool",
             Self::WalGone { .. } => "archiving goes on behind what is lost; take a base backup",
             Self::FetchAgain => "check the spool's disk",
+            Self::CutAgain => "nothing: the stream begins again by itself",
             Self::NotOurTurn => "nothing: this agent takes over when the other one falls silent",
             Self::Stopping => "nothing: Walden is stopping",
             Self::Wal(_) | Self::Internal { .. } => "report it: this should not happen",

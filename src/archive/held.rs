@@ -8,7 +8,7 @@ use tokio::sync::mpsc;
 
 use super::ArchiveError;
 use crate::queue::QueueEntry;
-use crate::repository::{Archive, PieceChain, WalObject, WalObjectKind};
+use crate::repository::{Archive, Catalog, Gap, PieceChain, TimelineWal, WalObject, WalObjectKind};
 use crate::spool::{FoundOpen, Spool, SpoolError, SpooledName, decode_open, read_open};
 use crate::wal::{Lsn, PgTime, SegmentName, SegmentSize, SystemIdentifier, TimelineId};
 
@@ -262,8 +262,8 @@ async fn find_in_repository(archive: &Archive, size: SegmentSize) -> Result<Opti
     let Some(timeline) = newest else { return Ok(None) };
     let catalog = archive.catalog().await?;
     let Some(wal) = catalog.timelines.get(&timeline).filter(|wal| wal.holds_wal()) else { return Ok(None) };
-    // Pieces of a segment directly behind the last whole one, or behind a hole, or alone if there is no whole one.
-    let open = wal.pieces.keys().next_back().copied();
+    // Pieces of segments directly behind the last whole one, or behind a hole, or alone if there is no whole one.
+    let open = first_open(&catalog, timeline, wal, size);
     let run = wal.runs.last().filter(|run| open.is_none_or(|open| open <= run.end));
     let Some(sealed_end) = run.map(|run| run.end).or(open) else { return Ok(None) };
     let mut held = Held {
@@ -285,17 +285,40 @@ async fn find_in_repository(archive: &Archive, size: SegmentSize) -> Result<Opti
         let archive = archive.clone();
         held.parts.push(HeldPart::Stored { start: segment.start(), end: segment.end(), object, archive });
     }
-    let pieces = wal.pieces.get(&sealed_end).map(Vec::as_slice).unwrap_or_default();
-    for piece in PieceChain::of(pieces).pieces {
-        let (start, end) = (piece.start_lsn().max(held.end), piece.end_lsn());
-        if piece.start_lsn() == held.end {
-            let kind = WalObjectKind::Piece { start: piece.start, end: piece.end };
-            let object = WalObject { segment: piece.segment, kind, compression: piece.compression, valid_until: end };
-            held.end = end;
-            held.parts.push(HeldPart::Stored { start, end, object, archive: archive.clone() });
+    // A segment that is there in pieces to its end is gone on from.
+    while let Some(pieces) = wal.pieces.get(&held.end) {
+        let before = held.end;
+        for piece in PieceChain::of(pieces).pieces {
+            let (start, end) = (piece.start_lsn(), piece.end_lsn());
+            if start == held.end {
+                let (kind, compression) =
+                    (WalObjectKind::Piece { start: piece.start, end: piece.end }, piece.compression);
+                let object = WalObject { segment: piece.segment, kind, compression, valid_until: end };
+                held.end = end;
+                held.parts.push(HeldPart::Stored { start, end, object, archive: archive.clone() });
+            }
+        }
+        if held.end == before || !size.is_boundary(held.end) {
+            break;
         }
     }
     Ok(Some(held))
+}
+
+/// The first of the segments that are there in pieces up to the last one. Pieces are sent several at a time: where a host was lost with
+/// some on their way, those behind the hole do not count, unless the hole is told as a gap.
+fn first_open(catalog: &Catalog, timeline: TimelineId, wal: &TimelineWal, size: SegmentSize) -> Option<Lsn> {
+    let mut first = *wal.pieces.keys().next_back()?;
+    while let Some(before) = first.get().checked_sub(size.get()).map(Lsn::new) {
+        let Some(pieces) = wal.pieces.get(&before) else { break };
+        let end = Lsn::new(before.get() + u64::from(PieceChain::of(pieces).end));
+        let is_told = |gap: &Gap| gap.timeline == timeline && gap.from_lsn <= end && first <= gap.to_lsn;
+        if end < first && catalog.gaps.iter().any(is_told) {
+            break;
+        }
+        first = before;
+    }
+    Some(first)
 }
 
 enum Chunk {
@@ -368,6 +391,11 @@ impl HeldBytes {
         let _ = self.current.split_to(take);
         self.position = Lsn::new(self.position.get() + take as u64); // usize fits
         Ok(Some(take))
+    }
+
+    /// All of it was compared.
+    pub fn is_done(&self) -> bool {
+        self.position >= self.end
     }
 
     /// Bytes differ. What is held is proven only at its end: a damaged copy of ours is no other history.

@@ -9,6 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::assembler::{Assembler, AssemblerSettings};
 use super::backlog::Backlog;
+use super::guard::{OnDelay, SyncGuard};
 use super::held::{
     Held, HeldBytes, HeldPart, HeldRemotely, InSpool, Reach, find_in_spool, find_remotely, name_finished,
 };
@@ -21,7 +22,8 @@ use super::turn::Turn;
 use super::{ArchiveError, Halt, Missing};
 use crate::failure::NextStep;
 use crate::postgres::{
-    ConnectSettings, CreateOutcome, ReplicationConnection, SlotState, StartOutcome, WalStream, shown_duration,
+    ConnectSettings, CreateOutcome, ReplicationConnection, SlotState, StartOutcome, WalStream, names_standby,
+    shown_duration,
 };
 use crate::queue::QueueEntry;
 use crate::repository::{Archive, PieceChain};
@@ -48,6 +50,13 @@ pub struct LiveSettings {
     pub compression_level: i32,
     /// Confirm to the server only what the required repositories hold.
     pub durable_in_repository: bool,
+    /// What becomes of commits that wait for them too long.
+    pub on_delay: OnDelay,
+    pub max_delay: Duration,
+    /// The agent's name in `synchronous_standby_names`.
+    pub application_name: String,
+    /// How long a stopping agent may still ship.
+    pub stop_timeout: Duration,
     /// How often the open segment's new bytes are made durable once the agent has caught up.
     pub cut_interval: Duration,
     /// Sooner, when so many bytes are new.
@@ -90,6 +99,9 @@ pub struct Live {
     /// That host is behind what is held: another one is tried first.
     pub avoid: Option<usize>,
     pub streaming: watch::Sender<Option<Streaming>>,
+    /// Where the slot stood at the last connection; zero if that is not known.
+    pub slot_at: Lsn,
+    pub guard: SyncGuard,
 }
 
 /// How the next session begins, by what the one before met.
@@ -132,6 +144,10 @@ impl Live {
                 }
                 // The next session begins further on at once; only WAL that goes as fast as it is looked for is waited out.
                 Err(ArchiveError::WalGone { .. }) if !behind_gap => continue,
+                Err(error @ ArchiveError::CutAgain) => {
+                    tracing::debug!("{}", error.describe());
+                    continue;
+                }
                 Err(ArchiveError::Diverged { at }) => ArchiveError::Diverged { at: self.first_difference(at).await },
                 Err(error) => self.set_aside(error),
             };
@@ -217,7 +233,11 @@ impl Live {
             compression: self.settings.compression,
             compression_level: self.settings.compression_level,
         };
+        let names = connection.show("synchronous_standby_names").await?;
+        // Until SQL tells the standby's state: a commit may wait already.
+        self.board.set_waited_for(names_standby(&names, &self.settings.application_name));
         let slot = self.ensure_slot(&mut connection).await?;
+        self.slot_at = slot.unwrap_or(Lsn::ZERO);
         self.wal.send_replace(Some(assembler_settings.clone()));
         let held = self.held().await?;
         let start = match held {
@@ -430,6 +450,9 @@ impl Live {
             board: &self.board,
             archived: self.archived.clone(),
             missing: self.missing.subscribe(),
+            recut: self.tail.subscribe_recut(),
+            slot_at: self.slot_at,
+            guard: &mut self.guard,
             turn: self.turn.clone(),
             halt: &self.halt,
             shutdown: &self.shutdown,
@@ -451,10 +474,11 @@ impl Live {
                 .spawn(async move { tokio::time::timeout(Duration::from_secs(5), archive.pieces(segment)).await });
             match asked.await {
                 Ok(Ok(Ok(pieces))) => {
-                    let end = PieceChain::of(&pieces).end;
-                    cuts.extend((end > 0).then_some(u64::from(end)));
+                    let chain = PieceChain::of(&pieces);
+                    let ends = chain.unreachable.iter().flat_map(|piece| [piece.start, piece.end]).chain([chain.end]);
+                    cuts.extend(ends.filter(|end| *end > 0).map(u64::from));
                 }
-                // Then this segment has no more pieces there; it is stored when it is whole.
+                // The uploader asks for another cut, should this one be wrong.
                 Ok(Ok(Err(error))) => tracing::debug!(%error, "the stored tail pieces are not known"),
                 Ok(Err(_)) | Err(_) => tracing::debug!("the stored tail pieces are not known: no answer in time"),
             }

@@ -12,14 +12,18 @@
 mod archiver;
 mod assembler;
 mod backlog;
+mod chores;
+mod course;
 mod divergence;
 mod error;
 mod gap;
+mod guard;
 mod held;
 mod history;
 mod hosts;
 mod identity;
 mod live;
+mod pace;
 mod receiver;
 mod sealer;
 mod ship;
@@ -30,6 +34,7 @@ mod uploader;
 
 pub use archiver::{Archiver, ArchiverSettings, Target};
 pub use error::{ArchiveError, Halt};
+pub use guard::OnDelay;
 pub use live::LiveSettings;
 pub use sealer::SpoolBounds;
 

@@ -8,6 +8,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::assembler::Assembler;
+use super::guard::SyncGuard;
 use super::held::HeldBytes;
 use super::sealer::{DiskSide, DiskState};
 use super::turn::Turn;
@@ -44,6 +45,11 @@ pub struct Receiver<'a> {
     pub archived: watch::Receiver<Option<Lsn>>,
     /// Changes when a held segment was lost: the stream begins again there.
     pub missing: watch::Receiver<BTreeSet<SegmentName>>,
+    /// Changes when a repository can go on only if the open segment is cut elsewhere: the stream begins again.
+    pub recut: watch::Receiver<u64>,
+    /// Where the slot stood at the connection. It is not moved back: the WAL before may be gone, and the slot with it.
+    pub slot_at: Lsn,
+    pub guard: &'a mut SyncGuard,
     pub turn: Turn,
     pub halt: &'a Halt,
     pub shutdown: &'a CancellationToken,
@@ -85,6 +91,7 @@ impl Receiver<'_> {
         let mut state = self.disk.state.clone();
         let mut archived = self.archived.clone();
         let mut missing = self.missing.clone();
+        let mut recut = self.recut.clone();
         let turn = self.turn.clone();
         let mut heard = Instant::now();
         let mut next_status = Instant::now();
@@ -95,6 +102,9 @@ impl Receiver<'_> {
         }
         loop {
             let now = Instant::now();
+            if self.guard.deadline().is_some_and(|deadline| now >= deadline) && self.board.is_waited_for() {
+                self.send_status(false).await?;
+            }
             if now >= next_status {
                 self.send_status(true).await?;
                 next_status = now + self.status_interval;
@@ -110,7 +120,9 @@ impl Receiver<'_> {
             if now.duration_since(heard) > self.status_interval * SILENT_INTERVALS {
                 return Err(ArchiveError::Silent { seconds: now.duration_since(heard).as_secs() });
             }
-            let wake = tokio::time::Instant::from_std(next_status.min(next_cut));
+            // Behind it the delay is told, or nobody waits; then the next cut is soon enough to look again.
+            let deadline = self.guard.deadline().filter(|deadline| *deadline > now).unwrap_or(next_cut);
+            let wake = tokio::time::Instant::from_std(next_status.min(next_cut).min(deadline));
             tokio::select! {
                 biased;
                 () = self.shutdown.cancelled() => return Ok(SessionEnd::Shutdown),
@@ -119,7 +131,9 @@ impl Receiver<'_> {
                     changed.map_err(|_| ArchiveError::Internal { why: "the disk threads ended".into() })?;
                     self.check_disk(&state.borrow_and_update().clone())?;
                     self.send_status(false).await?;
+                    self.cut_for_commits().await?;
                 }
+                changed = recut.changed() => if changed.is_ok() { return Err(ArchiveError::CutAgain) },
                 () = turn.is_lost() => return Err(ArchiveError::NotOurTurn),
                 changed = missing.changed() => if changed.is_ok() { return Err(ArchiveError::FetchAgain) },
                 changed = archived.changed(), if self.settings.durable_in_repository => {
@@ -136,6 +150,7 @@ impl Receiver<'_> {
                     if ended {
                         return Ok(SessionEnd::EndOfTimeline);
                     }
+                    self.cut_for_commits().await?;
                     self.board.set_received(self.assembler.position());
                 }
                 () = tokio::time::sleep_until(wake) => {}
@@ -176,6 +191,9 @@ impl Receiver<'_> {
             if let Some(bytes) = compare {
                 self.compare(&bytes).await?;
                 self.assembler.feed(&bytes)?;
+                if self.held.as_ref().is_some_and(HeldBytes::is_done) {
+                    self.held = None;
+                }
             }
             if reply {
                 self.send_status(false).await?;
@@ -201,7 +219,7 @@ impl Receiver<'_> {
         let mut done = 0;
         while done < bytes.len() {
             let wake = tokio::time::Instant::from_std(next_status);
-            let reported = self.reported();
+            let reported = Lsn::ZERO; // nothing is told before the overlap is proven
             let Some(held) = self.held.as_mut() else { return Ok(()) };
             tokio::select! {
                 more = held.compare(Lsn::new(start.get() + done as u64), &bytes[done..]) => match more? {
@@ -284,6 +302,15 @@ impl Receiver<'_> {
         self.hand_over().await
     }
 
+    /// Commits wait for what came: it is sent on its way at once. One flush at a time, so that those that come meanwhile go together.
+    async fn cut_for_commits(&mut self) -> Result<(), ArchiveError> {
+        let is_waited_for = self.settings.durable_in_repository && self.board.is_waited_for();
+        if is_waited_for && self.assembler.uncut_bytes() > 0 && self.disk.state.borrow().durable >= self.cut_at {
+            self.cut_if_caught_up().await?;
+        }
+        Ok(())
+    }
+
     async fn send_status(&mut self, reply: bool) -> Result<(), ArchiveError> {
         // What the server is told is shown as well, and not later.
         self.board.set_durable(self.disk.state.borrow().durable);
@@ -300,20 +327,25 @@ impl Receiver<'_> {
     /// On a segment boundary it is held back by a page, so that the server keeps the sealed segment for the overlap at the next
     /// connection (I7); a page of the next segment releases it. So does a server that asks again and again at its end: it shuts
     /// down, and waits until everything is confirmed (`WalSndDone` in `walsender.c`). And so does one whose commits wait for us.
-    fn reported(&self) -> Lsn {
+    fn reported(&mut self) -> Lsn {
         if self.held.is_some() || self.assembler.position() == self.begun_at {
             return Lsn::ZERO;
         }
+        let is_waited_for = self.board.is_waited_for();
         let durable = self.disk.state.borrow().durable;
-        let durable = match (self.settings.durable_in_repository, *self.archived.borrow()) {
-            (false, _) => durable,
-            (true, Some(archived)) => archived.min(durable),
-            (true, None) => return Lsn::ZERO,
+        let durable = if self.settings.durable_in_repository {
+            let archived = *self.archived.borrow();
+            self.guard.position(Instant::now(), durable, archived, is_waited_for, self.board)
+        } else {
+            durable
         };
+        if durable < self.slot_at {
+            return Lsn::ZERO;
+        }
         let held_back = Lsn::new(durable.get().saturating_sub(PAGE_SIZE as u64));
         let hold_back =
             self.segment_size.is_boundary(durable) && held_back >= self.begun_at && self.asked_at_end < SHUTS_DOWN;
-        if hold_back && !self.board.is_waited_for() { held_back } else { durable }
+        if hold_back && !is_waited_for { held_back.max(self.slot_at) } else { durable }
     }
 
     async fn flush_all(&mut self) -> Result<(), ArchiveError> {
@@ -329,6 +361,12 @@ impl Receiver<'_> {
             let mut state = self.disk.state.clone();
             // Bounded: with a full or stuck disk the agent stops all the same, and tells the server no more than is true.
             let _ = tokio::time::timeout(deadline, state.wait_for(|s| s.durable >= end || s.failed.is_some())).await;
+            if self.settings.durable_in_repository && self.board.is_waited_for() {
+                // Commits that are on their way may still return.
+                let mut archived = self.archived.clone();
+                let there = archived.wait_for(|archived| archived.is_some_and(|archived| archived >= end));
+                let _ = tokio::time::timeout(self.settings.stop_timeout, there).await;
+            }
         }
         self.send_status(false).await
     }

@@ -210,17 +210,23 @@ impl Shared {
             }
             Command::Mark { mark, stretch } => {
                 let (file, segment) = open.as_mut().expect("a segment is begun before it is marked");
+                // On its way to the repositories while the disk flushes: what they confirm is told only with what is durable here.
+                self.tail.push(*segment, *stretch);
                 if let Err(error) = self.when_not_full(|| file.mark((*mark).clone())) {
                     self.void(&error, [(&*file, *segment)]);
                     return Err(error.into());
                 }
                 let start = segment.start();
                 let end = Lsn::new(start.get() + mark.raw_len);
-                self.tail.push(*segment, *stretch);
                 self.publish(|positions| positions.marked = Some((start, end)));
             }
-            Command::Seal { name, frames, end } => {
+            Command::Seal { name, frames, end, last } => {
                 let (file, segment) = open.take().expect("a segment is begun before it is sealed");
+                if name.relative.starts_with("wal/") {
+                    self.tail.close(segment, last.map(|last| *last));
+                } else {
+                    self.tail.end(segment);
+                }
                 self.sealing_bytes.fetch_add(frames.stored_size, Ordering::Relaxed);
                 return Ok(to_sealer.send(Sealing { file, name, frames, segment, end }).is_ok());
             }
@@ -324,11 +330,16 @@ impl Shared {
         let mut named: Vec<&Sealing> = Vec::new();
         let mut entries: Vec<QueueEntry> = Vec::new();
         for sealing in &group {
-            if self.spool.name_sealed(sealing.file.path(), &sealing.name)? {
+            let is_new = self.spool.name_sealed(sealing.file.path(), &sealing.name)?;
+            if is_new {
+                self.tail.renamed(sealing.segment, self.spool.path_of(&sealing.name));
                 named.push(sealing);
                 entries.push(entry_of(sealing));
             }
             // Else an older file of the same WAL stays, and so does its record: it may be compressed otherwise.
+            if !is_new {
+                self.tail.end(sealing.segment);
+            }
         }
         let mut last: Option<&SpooledName> = None;
         for sealing in &group {
@@ -352,7 +363,6 @@ impl Shared {
         let sealed_bytes = group.iter().map(|sealing| sealing.frames.stored_size).sum();
         self.sealing_bytes.fetch_sub(sealed_bytes, Ordering::Relaxed);
         for sealing in &group {
-            self.tail.end(sealing.segment);
             self.missing.remove(sealing.segment);
         }
         let end = group.last().map_or(Lsn::ZERO, |sealing| sealing.end);

@@ -1,5 +1,6 @@
 //! One object on its way to one repository: put, retried without an end, read back.
 
+use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
 use tokio_util::sync::CancellationToken;
@@ -7,6 +8,7 @@ use tokio_util::sync::CancellationToken;
 use super::ArchiveError;
 use super::tail::Piece;
 use super::uploader::{Uploader, describe, segment_of};
+use crate::disk::Disk;
 use crate::failure::NextStep;
 use crate::queue::QueueEntry;
 use crate::repository::{Gap, RepositoryError, RepositoryWriter, SealedObject, Stored};
@@ -15,18 +17,24 @@ use crate::spool::parse_relative;
 use crate::storage::{Backoff, Body, StorageError};
 use crate::wal::{SegmentName, TimelineId};
 
+/// Stored bytes of a piece that are held in memory while it is sent.
+const IN_MEMORY_MAX: u64 = 1 << 20;
+
 /// What came of one object.
 pub(super) enum Shipped {
     Segment {
         entry: QueueEntry,
-        took: Duration,
     },
     Piece {
         segment: SegmentName,
+        start: u64,
         end: u64,
     },
-    /// The piece's bytes are gone: the segment was sealed meanwhile.
-    PieceGone,
+    /// The piece's bytes are gone: the segment was sealed meanwhile, or is received anew.
+    PieceGone {
+        segment: SegmentName,
+        start: u64,
+    },
     Failed {
         error: ArchiveError,
         what: String,
@@ -35,29 +43,39 @@ pub(super) enum Shipped {
 }
 
 impl Uploader {
-    pub(super) async fn ship_piece(self, writer: RepositoryWriter, piece: Piece, cancel: CancellationToken) -> Shipped {
+    pub(super) async fn ship_piece(
+        self,
+        writer: RepositoryWriter,
+        piece: Box<Piece>,
+        cancel: CancellationToken,
+    ) -> Shipped {
+        let gone = Shipped::PieceGone { segment: piece.segment, start: piece.start };
         let (Ok(start), Ok(end)) = (u32::try_from(piece.start), u32::try_from(piece.end)) else {
-            return Shipped::PieceGone; // a segment has at most 1 GiB
+            return gone; // a segment has at most 1 GiB
         };
         let compression = self.wal.borrow().as_ref().map_or(Compression::Lz4, |wal| wal.compression);
-        let object = SealedObject { body: piece.body.clone(), size: piece.size, crc32: piece.crc32, compression };
+        let Ok(body) = body_of(&piece).await else { return gone };
+        let object = SealedObject { body, size: piece.size, crc32: piece.crc32, compression };
         let mut backoff = Backoff::new(self.retry_delay_max);
         loop {
             let began = Instant::now();
-            // The open file is renamed when its segment is whole; then the segment itself is shipped.
-            if self.tail.segment() != Some(piece.segment) {
-                return Shipped::PieceGone;
+            if !self.tail.holds(&piece) {
+                return gone;
             }
             match writer.put_piece(piece.segment, start, end, &object).await {
                 Ok(_) => {
                     self.shown.observe_upload(began.elapsed());
-                    return Shipped::Piece { segment: piece.segment, end: piece.end };
+                    return Shipped::Piece { segment: piece.segment, start: piece.start, end: piece.end };
                 }
-                // The file got its final name while it was read: the whole segment is shipped instead.
+                // The file got its final name while it was read.
                 Err(RepositoryError::Storage(StorageError::SourceDamaged { .. }) | RepositoryError::Local { .. }) => {
-                    return Shipped::PieceGone;
+                    return gone;
                 }
-                Err(_) if self.tail.segment() != Some(piece.segment) => return Shipped::PieceGone,
+                Err(error) if !self.tail.holds(&piece) && !stops(&error) => {
+                    self.shown.upload_failed();
+                    self.failing.set(&self.board, &self.shown, Some(describe(&error)));
+                    return gone;
+                }
                 Err(error) if stops(&error) => {
                     let error = ArchiveError::Repository(error);
                     return Shipped::Failed {
@@ -68,7 +86,11 @@ impl Uploader {
                 Err(error) => {
                     self.shown.upload_failed();
                     self.failing.set(&self.board, &self.shown, Some(describe(&error)));
-                    if !pause(&mut backoff, is_throttled(&error), &cancel).await {
+                    let throttled = is_throttled(&error);
+                    if throttled {
+                        self.pace.throttled();
+                    }
+                    if !pause(&mut backoff, throttled, &cancel).await {
                         return Shipped::Cancelled;
                     }
                     self.shown.upload_retried();
@@ -91,7 +113,10 @@ impl Uploader {
                 () = cancel.cancelled() => return Shipped::Cancelled,
             };
             match result {
-                Ok(()) => return Shipped::Segment { entry, took: began.elapsed() },
+                Ok(()) => {
+                    self.settle(&entry, began.elapsed()).await;
+                    return Shipped::Segment { entry };
+                }
                 Err(error) if matches!(error.next_step(), NextStep::Stop | NextStep::FetchAgain) => {
                     return Shipped::Failed { error, what: entry.relative };
                 }
@@ -105,6 +130,42 @@ impl Uploader {
                     self.shown.upload_retried();
                 }
             }
+        }
+    }
+
+    /// Notes a stored object; removes from the spool what every repository holds.
+    pub(super) async fn settle(&self, entry: &QueueEntry, took: Duration) {
+        self.failing.set(&self.board, &self.shown, None);
+        self.shown.observe_upload(took);
+        tracing::debug!(
+            event = "uploaded",
+            repository = self.shown.name(),
+            object = entry.relative,
+            bytes = entry.stored_size,
+            seconds = took.as_secs_f64(),
+            "stored"
+        );
+        if entry.relative.starts_with("wal/") && segment_of(entry, self.segment_size).is_some() {
+            self.shown.segment_archived();
+        }
+        let (backlog, spool, entry, name) =
+            (self.backlog.clone(), self.spool.clone(), entry.clone(), self.shown.name().to_owned());
+        let job = tokio::task::spawn_blocking(move || -> Result<(), ArchiveError> {
+            backlog.confirm(&entry, &name);
+            for done in backlog.removable() {
+                spool
+                    .disk()
+                    .remove(&spool.folder().join(&done.relative))
+                    .map_err(|source| ArchiveError::Remove { path: spool.folder().join(&done.relative), source })?;
+                backlog.forget(&done);
+            }
+            Ok(())
+        });
+        match job.await {
+            Ok(Ok(())) => {}
+            // The object is stored; only the spool's copy stays longer, and a restart sends it again.
+            Ok(Err(error)) => tracing::warn!(%error, "a stored object stays in the spool"),
+            Err(panic) => self.halt.stop(ArchiveError::Internal { why: panic.to_string() }),
         }
     }
 
@@ -138,6 +199,25 @@ impl Uploader {
     async fn prove(&self, writer: &RepositoryWriter, stored: &Stored) -> Result<(), ArchiveError> {
         if writer.read_back(stored).await? { Ok(()) } else { Err(ArchiveError::NotThere { key: stored.key.clone() }) }
     }
+}
+
+/// The piece's bytes at hand, so that the file may be renamed meanwhile. A large one is read where it lies, as it is sent.
+async fn body_of(piece: &Piece) -> std::io::Result<Body> {
+    if piece.body_len > IN_MEMORY_MAX {
+        return Ok(piece.body());
+    }
+    let (path, offset) = (piece.path.clone(), piece.file_offset);
+    let (head, foot) = (piece.head.clone(), piece.foot.clone());
+    let length = usize::try_from(piece.body_len).map_err(std::io::Error::other)?;
+    let read = move || {
+        let file = Disk::default().open_read(&path)?;
+        let mut bytes = vec![0; head.len() + length + foot.len()];
+        bytes[..head.len()].copy_from_slice(&head);
+        file.read_exact_at(&mut bytes[head.len()..head.len() + length], offset)?;
+        bytes[head.len() + length..].copy_from_slice(&foot);
+        Ok(Body::Bytes(bytes.into()))
+    };
+    tokio::task::spawn_blocking(read).await.map_err(std::io::Error::other)?
 }
 
 async fn read_small(path: &std::path::Path) -> Result<Vec<u8>, ArchiveError> {

@@ -1,6 +1,9 @@
-//! The open segment's durable stretches, shared between the live path and the tasks that ship them as tail pieces.
+//! The stretches of the open segment, shared between the live path and the tasks that ship them as tail pieces.
+//!
+//! The segment before stays for a while after it is whole: a repository that has its beginning in pieces gets the rest as a piece too,
+//! so that nothing waits for the upload of a whole segment.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
@@ -13,36 +16,101 @@ use crate::storage::Body;
 use crate::wal::SegmentName;
 
 /// Stretches kept apart at most; beyond that, neighbours are joined, so that memory stays bounded however long a store is away.
-const STRETCHES_MAX: usize = 512;
+const STRETCHES_MAX: usize = 256;
+/// Stored bytes of a piece at most, unless a single stretch has more.
+const PIECE_BYTES_MAX: u64 = 16 << 20;
+/// The open segment and the one before.
+const SEGMENTS_MAX: usize = 2;
 
-/// What there is to ship of the open segment.
+/// A segment that is shipped in pieces.
 #[derive(Debug)]
-struct OpenTail {
+struct Tailed {
     segment: SegmentName,
     path: PathBuf,
+    /// From 0 on, each begins where the one before ends.
     stretches: Vec<Stretch>,
+    /// It is whole: no stretch follows.
+    closed: bool,
 }
 
-/// A piece ready to be put: the bytes lie in the spool's open file, between a header and an end mark.
+impl Tailed {
+    fn end(&self) -> u64 {
+        self.stretches.last().map_or(0, |stretch| stretch.end)
+    }
+}
+
+#[derive(Debug, Default)]
+struct State {
+    segments: VecDeque<Tailed>,
+    /// Where each repository goes on. A stretch must begin there as long as it can be.
+    stands: HashMap<String, (SegmentName, u64)>,
+    /// Where the next session must cut, beyond what the repositories tell it.
+    wanted: Option<(SegmentName, BTreeSet<u64>)>,
+    session: u64,
+}
+
+/// What a repository can be sent.
+#[derive(Debug)]
+pub enum Offer {
+    /// Nothing new.
+    Nothing,
+    /// No stretch begins there (or ends where the piece must): the segment has to be cut anew.
+    NotACut {
+        at: u64,
+    },
+    Piece(Box<Piece>),
+}
+
+/// A piece ready to be put: the bytes lie in the spool's file, between a header and an end mark.
 #[derive(Debug)]
 pub struct Piece {
     pub segment: SegmentName,
     pub start: u64,
     pub end: u64,
-    pub body: Body,
+    pub path: PathBuf,
+    /// In the file.
+    pub file_offset: u64,
+    pub body_len: u64,
+    /// What comes before and after the file's bytes.
+    pub head: Bytes,
+    pub foot: Bytes,
     pub size: u64,
     pub crc32: u32,
+    /// The session that its stretches are of.
+    pub session: u64,
+}
+
+impl Piece {
+    /// For a piece that is too large to be read into memory.
+    pub fn body(&self) -> Body {
+        Body::FileRange {
+            path: self.path.clone(),
+            offset: self.file_offset,
+            length: self.body_len,
+            prefix: self.head.clone(),
+            suffix: self.foot.clone(),
+        }
+    }
+}
+
+/// A segment that is being shipped in pieces.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TailedSegment {
+    pub segment: SegmentName,
+    pub closed: bool,
 }
 
 #[derive(Debug)]
 pub struct Tail {
-    open: Mutex<Option<OpenTail>>,
+    state: Mutex<State>,
     changed: watch::Sender<u64>,
+    /// Changes when a repository cannot go on at any cut that there is.
+    recut: watch::Sender<u64>,
 }
 
 impl Tail {
     pub fn new() -> Arc<Self> {
-        Arc::new(Self { open: Mutex::new(None), changed: watch::Sender::new(0) })
+        Arc::new(Self { state: Mutex::default(), changed: watch::Sender::new(0), recut: watch::Sender::new(0) })
     }
 
     /// Wakes when there is something new.
@@ -50,92 +118,228 @@ impl Tail {
         self.changed.subscribe()
     }
 
-    fn with<T>(&self, job: impl FnOnce(&mut Option<OpenTail>) -> T) -> T {
-        job(&mut self.open.lock().expect("no one panics while holding it"))
+    /// Wakes when the open segment must be cut anew.
+    pub fn subscribe_recut(&self) -> watch::Receiver<u64> {
+        self.recut.subscribe()
+    }
+
+    fn with<T>(&self, job: impl FnOnce(&mut State) -> T) -> T {
+        job(&mut self.state.lock().expect("no one panics while holding it"))
+    }
+
+    fn tell(&self) {
+        self.changed.send_modify(|n| *n += 1);
     }
 
     pub fn begin(&self, segment: SegmentName, path: PathBuf) {
-        self.with(|open| *open = Some(OpenTail { segment, path, stretches: Vec::new() }));
-    }
-
-    /// The file is gone or has its final name: nothing of it is to ship any more.
-    pub fn end(&self, segment: SegmentName) {
-        self.with(|open| {
-            if open.as_ref().is_some_and(|open| open.segment == segment) {
-                *open = None;
+        self.with(|state| {
+            state.segments.push_back(Tailed { segment, path, stretches: Vec::new(), closed: false });
+            while state.segments.len() > SEGMENTS_MAX {
+                state.segments.pop_front();
+            }
+            if state.wanted.as_ref().is_some_and(|(wanted, _)| *wanted != segment) {
+                state.wanted = None;
             }
         });
-        self.changed.send_modify(|n| *n += 1);
     }
 
-    /// Offsets in the segment at which stretches end, as far as it is the open one.
-    pub fn cuts(&self, segment: SegmentName) -> BTreeSet<u64> {
-        self.with(|open| {
-            let open = open.as_ref().filter(|open| open.segment == segment);
-            open.map(|open| open.stretches.iter().map(|stretch| stretch.end).collect()).unwrap_or_default()
-        })
-    }
-
-    pub fn clear(&self) {
-        self.with(|open| *open = None);
-    }
-
-    /// Adds a durable stretch.
+    /// Adds a stretch of the open segment, whose bytes are in the file.
     pub fn push(&self, segment: SegmentName, stretch: Stretch) {
-        self.with(|open| {
-            if let Some(open) = open.as_mut().filter(|open| open.segment == segment) {
+        self.with(|state| {
+            let State { segments, stands, .. } = state;
+            if let Some(open) = segments.back_mut().filter(|open| open.segment == segment && !open.closed) {
                 open.stretches.push(stretch);
                 if open.stretches.len() > STRETCHES_MAX {
-                    join_oldest_half(&mut open.stretches);
+                    let stands = stands.values().filter(|(at, _)| *at == segment).map(|(_, offset)| *offset);
+                    join(&mut open.stretches, &stands.collect());
                 }
             }
         });
-        self.changed.send_modify(|n| *n += 1);
+        self.tell();
     }
 
+    /// The segment is whole; `last` is what was not cut before.
+    pub fn close(&self, segment: SegmentName, last: Option<Stretch>) {
+        self.with(|state| {
+            if let Some(open) = state.segments.iter_mut().find(|open| open.segment == segment) {
+                open.stretches.extend(last);
+                open.closed = true;
+            }
+        });
+        self.tell();
+    }
+
+    /// The whole segment has its name now.
+    pub fn renamed(&self, segment: SegmentName, path: PathBuf) {
+        self.with(|state| {
+            if let Some(open) = state.segments.iter_mut().find(|open| open.segment == segment) {
+                open.path = path;
+            }
+        });
+    }
+
+    /// Nothing of it is to ship any more.
+    pub fn end(&self, segment: SegmentName) {
+        self.with(|state| state.segments.retain(|open| open.segment != segment));
+        self.tell();
+    }
+
+    /// Another session begins: what it receives is cut anew.
+    pub fn clear(&self) {
+        self.with(|state| {
+            state.segments.clear();
+            state.session += 1;
+        });
+    }
+
+    /// Offsets in the segment at which it is cut, and where a repository asked for it.
+    pub fn cuts(&self, segment: SegmentName) -> BTreeSet<u64> {
+        self.with(|state| {
+            let of = state.segments.iter().find(|open| open.segment == segment);
+            let mut cuts: BTreeSet<u64> =
+                of.map(|open| open.stretches.iter().map(|stretch| stretch.end).collect()).unwrap_or_default();
+            if let Some((_, wanted)) = state.wanted.as_ref().filter(|(wanted, _)| *wanted == segment) {
+                cuts.extend(wanted);
+            }
+            cuts
+        })
+    }
+
+    /// A repository must go on at `at`, where no stretch begins: the next session cuts there.
+    pub fn want_cut(&self, segment: SegmentName, at: u64) {
+        let is_new = self.with(|state| {
+            if !state.wanted.as_ref().is_some_and(|(wanted, _)| *wanted == segment) {
+                state.wanted = Some((segment, BTreeSet::new()));
+            }
+            state.wanted.as_mut().is_some_and(|(_, wanted)| wanted.insert(at))
+        });
+        if is_new {
+            self.recut.send_modify(|n| *n += 1);
+        }
+    }
+
+    /// A repository goes on there: no join may swallow it.
+    pub fn stand(&self, repository: &str, segment: SegmentName, at: u64) {
+        self.with(|state| state.stands.insert(repository.into(), (segment, at)));
+    }
+
+    /// The open segment.
     pub fn segment(&self) -> Option<SegmentName> {
-        self.with(|open| open.as_ref().map(|open| open.segment))
+        self.with(|state| state.segments.back().filter(|open| !open.closed).map(|open| open.segment))
     }
 
-    /// Everything durable of the open segment from offset `from` on, as one piece. `None`: nothing new, or `from` is not where a
-    /// stretch begins (then the pieces stored before cannot be continued, and the whole segment is waited for).
-    pub fn piece(&self, settings: &AssemblerSettings, segment: SegmentName, from: u64) -> Option<Piece> {
-        let (path, prefix_crc32, whole) = self.with(|open| {
-            let open = open.as_ref().filter(|open| open.segment == segment)?;
-            let first = open.stretches.iter().position(|s| s.start == from)?;
+    /// Oldest first.
+    pub fn segments(&self) -> Vec<TailedSegment> {
+        self.with(|state| {
+            let shown = |open: &Tailed| TailedSegment { segment: open.segment, closed: open.closed };
+            state.segments.iter().map(shown).collect()
+        })
+    }
+
+    /// Whether a piece made of that session's stretches can still be shipped.
+    pub fn holds(&self, piece: &Piece) -> bool {
+        self.with(|state| {
+            state.session == piece.session && state.segments.iter().any(|open| open.segment == piece.segment)
+        })
+    }
+
+    /// What there is of the segment from offset `from` on, up to `until` at most, as one piece.
+    pub fn piece(&self, settings: &AssemblerSettings, segment: SegmentName, from: u64, until: Option<u64>) -> Offer {
+        let found = self.with(|state| {
+            let open = state.segments.iter().find(|open| open.segment == segment)?;
+            if open.end() <= from {
+                return None;
+            }
+            let Some(first) = open.stretches.iter().position(|stretch| stretch.start == from) else {
+                return Some(Err(from));
+            };
             let mut prefix_crc32 = 0;
             for before in &open.stretches[..first] {
                 prefix_crc32 = combine_crc32(prefix_crc32, before.raw.crc32, before.raw.length);
             }
             let mut whole = open.stretches[first].clone();
-            open.stretches[first + 1..].iter().for_each(|next| whole.append(next));
-            Some((open.path.clone(), prefix_crc32, whole))
-        })?;
-        let (head, foot) = (Encoder::prefix(settings.compression), Encoder::suffix(settings.compression));
-        let body_len = head.len() as u64 + whole.body_len + foot.len() as u64; // a few bytes more
-        let with_head = combine_crc32(crc32fast::hash(head), whole.body_crc32, whole.body_len);
-        let body_crc32 = combine_crc32(with_head, crc32fast::hash(foot), foot.len() as u64);
-        let header =
-            header_of(settings, segment, ObjectKind::Piece, from, whole.raw, whole.summary, body_crc32, prefix_crc32);
-        let frames = header.frame(body_len);
-        let prefix: Bytes = [&frames.head[..], head].concat().into();
-        let suffix: Bytes = [foot, &frames.tail[..]].concat().into();
-        let body = Body::FileRange { path, offset: whole.file_offset, length: whole.body_len, prefix, suffix };
-        let (size, crc32) = (frames.stored_size, frames.object_crc32);
-        Some(Piece { segment, start: from, end: whole.end, body, size, crc32 })
+            let fits = |end: u64| until.is_none_or(|until| end <= until);
+            if !fits(whole.end) {
+                return Some(Err(until.unwrap_or(from)));
+            }
+            for next in &open.stretches[first + 1..] {
+                if !fits(next.end) || whole.body_len + next.body_len > PIECE_BYTES_MAX {
+                    break;
+                }
+                whole.append(next);
+            }
+            // Up to another piece there must be no hole; if no stretch ends there, one is in the way.
+            if let Some(until) = until.filter(|until| open.end() >= *until && whole.end < *until)
+                && !open.stretches.iter().any(|stretch| stretch.end == until)
+            {
+                return Some(Err(until));
+            }
+            Some(Ok((open.path.clone(), prefix_crc32, whole, state.session)))
+        });
+        match found {
+            None => Offer::Nothing,
+            Some(Err(at)) => Offer::NotACut { at },
+            Some(Ok((path, prefix_crc32, whole, session))) => {
+                Offer::Piece(Box::new(piece_of(settings, segment, path, prefix_crc32, whole, session)))
+            }
+        }
     }
 }
 
-/// Joins the older half in pairs. A repository whose pieces end inside a joined pair waits for the whole segment.
-fn join_oldest_half(stretches: &mut Vec<Stretch>) {
-    let newer = stretches.split_off(STRETCHES_MAX / 2);
-    let older = std::mem::take(stretches);
-    let mut older = older.into_iter();
-    while let Some(mut first) = older.next() {
-        if let Some(second) = older.next() {
-            first.append(&second);
-        }
-        stretches.push(first);
+fn piece_of(
+    settings: &AssemblerSettings,
+    segment: SegmentName,
+    path: PathBuf,
+    prefix_crc32: u32,
+    whole: Stretch,
+    session: u64,
+) -> Piece {
+    let (head, foot) = (Encoder::prefix(settings.compression), Encoder::suffix(settings.compression));
+    let body_len = head.len() as u64 + whole.body_len + foot.len() as u64; // a few bytes more
+    let with_head = combine_crc32(crc32fast::hash(head), whole.body_crc32, whole.body_len);
+    let body_crc32 = combine_crc32(with_head, crc32fast::hash(foot), foot.len() as u64);
+    let (file_offset, stored, start, end) = (whole.file_offset, whole.body_len, whole.start, whole.end);
+    let header =
+        header_of(settings, segment, ObjectKind::Piece, start, whole.raw, whole.summary, body_crc32, prefix_crc32);
+    let frames = header.frame(body_len);
+    Piece {
+        segment,
+        start,
+        end,
+        path,
+        file_offset,
+        body_len: stored,
+        head: [&frames.head[..], head].concat().into(),
+        foot: [foot, &frames.tail[..]].concat().into(),
+        size: frames.stored_size,
+        crc32: frames.object_crc32,
+        session,
     }
+}
+
+/// Joins neighbours in the older half, but for those between which a repository goes on.
+fn join(stretches: &mut Vec<Stretch>, stands: &BTreeSet<u64>) {
+    // What every repository has is only needed as a whole.
+    let lowest = stands.first().copied().unwrap_or(0);
+    let newer = stretches.split_off(STRETCHES_MAX / 2);
+    let mut joined: Vec<Stretch> = Vec::with_capacity(STRETCHES_MAX / 2);
+    let mut pair_is_full = false;
+    for stretch in std::mem::take(stretches) {
+        match joined.last_mut() {
+            Some(last) if !stands.contains(&last.end) && (stretch.end <= lowest || !pair_is_full) => {
+                last.append(&stretch);
+                pair_is_full = true;
+            }
+            _ => {
+                joined.push(stretch);
+                pair_is_full = false;
+            }
+        }
+    }
+    *stretches = joined;
     stretches.extend(newer);
 }
+
+#[cfg(test)]
+#[path = "tail_tests.rs"]
+mod tests;

@@ -13,17 +13,17 @@ use tokio_util::sync::CancellationToken;
 
 use super::assembler::AssemblerSettings;
 use super::backlog::Backlog;
-use super::gap::{gap_of, show_gaps, tell_gap};
+use super::course::Courses;
+use super::pace::Pace;
 use super::ship::Shipped;
-use super::tail::{Piece, Tail};
+use super::tail::{Offer, Piece, Tail, TailedSegment};
 use super::turn::Turn;
 use super::{ArchiveError, Halt, Missing};
 use crate::failure::NextStep;
 use crate::queue::QueueEntry;
 use crate::repository::{
-    Archive, Coverage, Lease, LeaseAttempt, LeaseHolder, LeaseSeeker, PieceChain, RepositoryError, RepositoryWriter,
+    Archive, Lease, LeaseAttempt, LeaseHolder, LeaseSeeker, Piece as StoredPiece, RepositoryError, RepositoryWriter,
 };
-use crate::seal::Compression;
 use crate::spool::Spool;
 use crate::storage::{Backoff, ObjectStore};
 use crate::telemetry::{Board, CauseCode, RepositoryBoard};
@@ -34,10 +34,17 @@ const LEASE_POLL: Duration = Duration::from_secs(5);
 const LEASE_RENEW: Duration = Duration::from_secs(10);
 /// The server's position is asked every two seconds, so it is seldom written more often than that.
 const COVERAGE_INTERVAL: Duration = Duration::from_millis(500);
+/// A server that has written nothing for so long is a quiet one, and `coverage.json` is written as seldom as `COVERAGE_QUIET` then.
+pub(super) const QUIET_AFTER: Duration = Duration::from_secs(60);
+pub(super) const COVERAGE_QUIET: Duration = Duration::from_secs(10);
+/// Pieces on their way at the same time while the server's commits wait for them.
+const PIECES_IN_FLIGHT: usize = 4;
 /// How often queue figures are refreshed when nothing happens.
 const IDLE_TICK: Duration = Duration::from_secs(1);
 /// How long a stopping agent tries to give the lease back.
 const RELEASE_LIMIT: Duration = Duration::from_secs(3);
+/// A small request that takes longer is not answered.
+const SILENT_AFTER: Duration = Duration::from_secs(15);
 /// How long a piece is left alone whose bytes could not be read.
 const PIECE_PAUSE: Duration = Duration::from_millis(500);
 
@@ -73,6 +80,9 @@ pub struct Uploader {
     pub backlog: Arc<Backlog>,
     pub tail: Arc<Tail>,
     pub tail_on: bool,
+    /// The server is told what the repositories hold: commits may wait for it.
+    pub durable_in_repository: bool,
+    pub pace: Pace,
     /// Known from the first connection on; tail pieces wait for it.
     pub wal: watch::Receiver<Option<AssemblerSettings>>,
     pub board: Board,
@@ -101,16 +111,46 @@ enum Ended {
 }
 
 /// Where one repository stands while this agent writes to it.
-struct Course {
+#[derive(Default)]
+struct Stand {
     /// What it holds in front of the first object to ship was looked at.
     joined: bool,
-    /// The segment whose pieces are being shipped and where the next one starts.
-    piece_at: Option<(SegmentName, u64)>,
-    /// The same of the segment before: until it is stored whole, its pieces are what there is of it.
-    piece_before: Option<(SegmentName, u64)>,
-    piece_in_flight: bool,
+    joining: bool,
+    /// The timeline whose pieces were listed.
+    listed: Option<TimelineId>,
+    listing: bool,
+    courses: Courses,
+    /// The segment whose pieces are being shipped.
+    piece_at: Option<SegmentName>,
+    /// When the last piece was sent.
+    piece_sent: Option<Instant>,
     /// A piece could not be read: the file is waited for.
     piece_not_before: Option<Instant>,
+    /// Small requests that are on their way, since when.
+    renewing: Option<Instant>,
+    covering: Option<Instant>,
+    covered: Covered,
+    /// The store does not answer, and that was told.
+    silent: bool,
+}
+
+/// What `coverage.json` was told last.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Covered {
+    pub(super) until: Option<PgTime>,
+    pub(super) archived: Option<Lsn>,
+    /// When the position in it last moved, and when it was last written.
+    pub(super) moved: Option<Instant>,
+    pub(super) written: Option<Instant>,
+}
+
+/// What is done beside the uploads, so that none of it holds them up.
+enum Chore {
+    Joined(Result<bool, RepositoryError>),
+    Listed { timeline: TimelineId, found: Result<Vec<(SegmentName, Vec<StoredPiece>)>, RepositoryError> },
+    Renewed(Result<(), RepositoryError>),
+    Covered(Option<(PgTime, Lsn)>),
+    Tidied,
 }
 
 impl Uploader {
@@ -135,6 +175,11 @@ impl Uploader {
                     tracing::info!(event = "lease_expired", repository = name, "the lease ran out; taking it again")
                 }
                 Ended::Shutdown | Ended::Halted => {
+                    let writer = RepositoryWriter::new(self.archive.clone(), lease.clone());
+                    let told = self.put_coverage(&writer, Covered::default());
+                    if tokio::time::timeout(RELEASE_LIMIT, told).await.is_err() {
+                        tracing::debug!(repository = name, "coverage.json was not written in time");
+                    }
                     match tokio::time::timeout(RELEASE_LIMIT, lease.release()).await {
                         Ok(Ok(())) => {}
                         Ok(Err(error)) => {
@@ -164,10 +209,17 @@ impl Uploader {
                 }
                 seeker.try_take().await
             };
-            let attempt = tokio::select! {
-                attempt = attempt => attempt,
-                () = self.shutdown.cancelled() => return None,
-                () = self.halt.halted() => return None,
+            tokio::pin!(attempt);
+            let attempt = loop {
+                tokio::select! {
+                    attempt = &mut attempt => break attempt,
+                    () = tokio::time::sleep(SILENT_AFTER) => {
+                        self.turn.is_unanswered(self.shown.name());
+                        self.failing.set(&self.board, &self.shown, Some(self.silence()));
+                    }
+                    () = self.shutdown.cancelled() => return None,
+                    () = self.halt.halted() => return None,
+                }
             };
             let delay = match attempt {
                 Ok(LeaseAttempt::Taken(lease)) => {
@@ -212,79 +264,72 @@ impl Uploader {
 
     async fn work(&mut self, lease: Lease) -> Ended {
         let writer = RepositoryWriter::new(self.archive.clone(), lease.clone());
-        self.drop_stale_pieces(&writer).await;
         let mut ships: JoinSet<Shipped> = JoinSet::new();
+        let mut chores: JoinSet<Chore> = JoinSet::new();
         let mut in_flight: Vec<String> = Vec::new();
-        let mut course = Course {
-            joined: false,
-            piece_at: None,
-            piece_before: None,
-            piece_in_flight: false,
-            piece_not_before: None,
-        };
+        let mut stand = Stand::default();
         let mut backlog_changed = self.backlog.subscribe();
         let mut tail_changed = self.tail.subscribe();
         let mut renew = tokio::time::interval(LEASE_RENEW);
         let mut tick = tokio::time::interval(IDLE_TICK);
         let mut coverage = tokio::time::interval(COVERAGE_INTERVAL);
-        let mut covered: Option<PgTime> = None;
         let cancel = self.shutdown.child_token();
         let _stop_ships = cancel.clone().drop_guard();
         loop {
-            if !course.joined {
-                match self.join_on(&writer).await {
-                    Ok(joined) => course.joined = joined,
-                    Err(error) => self.failing.set(&self.board, &self.shown, Some(describe(&error))),
-                }
-            }
-            self.show(&course);
+            self.begin_chores(&writer, &mut stand, &mut chores);
+            self.show(&mut stand);
             let room = self.concurrency.saturating_sub(in_flight.len());
             for entry in self.backlog.pending(self.shown.name(), &in_flight, room) {
                 in_flight.push(entry.relative.clone());
                 ships.spawn(self.clone().ship_entry(writer.clone(), entry, cancel.clone()));
             }
-            if self.tail_on
-                && !course.piece_in_flight
-                && course.piece_not_before.is_none_or(|at| Instant::now() >= at)
-                && let Some(piece) = self.next_piece(&writer, &mut course).await
-            {
-                course.piece_in_flight = true;
+            while let Some(piece) = self.next_piece(&mut stand) {
                 ships.spawn(self.clone().ship_piece(writer.clone(), piece, cancel.clone()));
             }
             tokio::select! {
-                () = self.shutdown.cancelled() => {
-                    self.put_coverage(&writer, &mut covered).await;
-                    return Ended::Shutdown;
-                }
+                () = self.shutdown.cancelled() => return Ended::Shutdown,
                 () = self.halt.halted() => return Ended::Halted,
                 _ = backlog_changed.changed() => {}
                 _ = tail_changed.changed() => {}
-                _ = tick.tick() => {}
-                _ = coverage.tick() => self.put_coverage(&writer, &mut covered).await,
-                _ = renew.tick() => if let Err(error) = lease.renew().await {
-                    if error.is_lease_lost() {
-                        return Ended::LeaseLost { by: lost_to(error) };
+                _ = tick.tick() => self.tell_silence(&mut stand),
+                _ = coverage.tick() => if stand.covering.is_none() && self.is_coverage_due(&stand.covered) {
+                    stand.covering = Some(Instant::now());
+                    let (uploader, writer, covered) = (self.clone(), writer.clone(), stand.covered);
+                    chores.spawn(async move { Chore::Covered(uploader.put_coverage(&writer, covered).await) });
+                },
+                _ = renew.tick() => if stand.renewing.is_none() {
+                    stand.renewing = Some(Instant::now());
+                    let lease = lease.clone();
+                    chores.spawn(async move { Chore::Renewed(lease.renew().await) });
+                },
+                Some(done) = chores.join_next() => match done {
+                    Ok(chore) => if let Some(ended) = self.end_chore(chore, &mut stand) {
+                        return ended;
+                    },
+                    Err(panic) => {
+                        self.halt.stop(ArchiveError::Internal { why: panic.to_string() });
+                        return Ended::Halted;
                     }
-                    self.failing.set(&self.board, &self.shown, Some(describe(&error)));
                 },
                 Some(shipped) = ships.join_next() => match shipped {
-                    Ok(Shipped::Segment { entry, took }) => {
+                    Ok(Shipped::Segment { entry }) => {
                         in_flight.retain(|name| *name != entry.relative);
-                        self.settle(&entry, took).await;
                         if entry.relative.starts_with("wal/") && let Some(segment) = segment_of(&entry, self.segment_size) {
-                            self.drop_pieces(&writer, segment).await;
+                            let (uploader, writer) = (self.clone(), writer.clone());
+                            chores.spawn(async move {
+                                uploader.drop_pieces(&writer, segment).await;
+                                Chore::Tidied
+                            });
                         }
                     }
-                    Ok(Shipped::Piece { segment, end }) => {
-                        course.piece_in_flight = false;
+                    Ok(Shipped::Piece { segment, start, end }) => {
                         self.failing.set(&self.board, &self.shown, None);
-                        if course.piece_at.is_some_and(|(at, _)| at == segment) {
-                            course.piece_at = Some((segment, end));
-                        }
+                        self.pace.went_well();
+                        stand.courses.stored(segment, start, end);
                     }
-                    Ok(Shipped::PieceGone) => {
-                        course.piece_in_flight = false;
-                        course.piece_not_before = Some(Instant::now() + PIECE_PAUSE);
+                    Ok(Shipped::PieceGone { segment, start }) => {
+                        stand.courses.given_up(segment, start);
+                        stand.piece_not_before = Some(Instant::now() + PIECE_PAUSE);
                     }
                     Ok(Shipped::Cancelled) => return Ended::Shutdown,
                     Ok(Shipped::Failed { error: ArchiveError::Repository(error), what }) if error.is_lease_lost() => {
@@ -308,6 +353,76 @@ impl Uploader {
         }
     }
 
+    /// Looks what the repository holds, where that is not known yet.
+    fn begin_chores(&self, writer: &RepositoryWriter, stand: &mut Stand, chores: &mut JoinSet<Chore>) {
+        if !stand.joined && !stand.joining {
+            stand.joining = true;
+            let (uploader, writer) = (self.clone(), writer.clone());
+            chores.spawn(async move { Chore::Joined(uploader.join_on(&writer).await) });
+        }
+        let timeline = self.tail.segment().map(SegmentName::timeline);
+        if let Some(timeline) = timeline.filter(|timeline| stand.listed != Some(*timeline) && !stand.listing) {
+            stand.listing = true;
+            let (uploader, writer) = (self.clone(), writer.clone());
+            chores
+                .spawn(async move { Chore::Listed { timeline, found: uploader.list_pieces(&writer, timeline).await } });
+        }
+    }
+
+    /// A store that hangs fails no request for a long time; that it does not answer shows sooner (I19).
+    fn tell_silence(&self, stand: &mut Stand) {
+        let since = stand.renewing.into_iter().chain(stand.covering).min();
+        if since.is_some_and(|since| since.elapsed() > SILENT_AFTER) && !stand.silent {
+            stand.silent = true;
+            self.failing.set(&self.board, &self.shown, Some(self.silence()));
+        }
+    }
+
+    fn silence(&self) -> String {
+        format!(
+            "{} has not answered for {} s; check that it is up and can be reached from here",
+            self.archive.url(),
+            SILENT_AFTER.as_secs()
+        )
+    }
+
+    fn end_chore(&self, chore: Chore, stand: &mut Stand) -> Option<Ended> {
+        match chore {
+            Chore::Joined(Ok(joined)) => (stand.joined, stand.joining) = (joined, false),
+            Chore::Listed { timeline, found: Ok(found) } => {
+                found.iter().for_each(|(segment, pieces)| stand.courses.listed(*segment, pieces));
+                (stand.listed, stand.listing) = (Some(timeline), false);
+            }
+            Chore::Joined(Err(error)) => {
+                stand.joining = false;
+                self.failing.set(&self.board, &self.shown, Some(describe(&error)));
+            }
+            Chore::Listed { found: Err(error), .. } => {
+                stand.listing = false;
+                self.failing.set(&self.board, &self.shown, Some(describe(&error)));
+            }
+            Chore::Renewed(renewed) => {
+                stand.renewing = None;
+                match renewed {
+                    Ok(()) if std::mem::take(&mut stand.silent) => self.failing.set(&self.board, &self.shown, None),
+                    Ok(()) => {}
+                    Err(error) if error.is_lease_lost() => return Some(Ended::LeaseLost { by: lost_to(error) }),
+                    Err(error) => self.failing.set(&self.board, &self.shown, Some(describe(&error))),
+                }
+            }
+            Chore::Covered(written) => {
+                stand.covering = None;
+                if let Some((until, archived)) = written {
+                    let now = Some(Instant::now());
+                    let moved = if stand.covered.archived == Some(archived) { stand.covered.moved } else { now };
+                    stand.covered = Covered { until: Some(until), archived: Some(archived), moved, written: now };
+                }
+            }
+            Chore::Tidied => {}
+        }
+        None
+    }
+
     /// A conflict, or damage that cannot be cured here: archiving stops, what is spooled stays.
     fn stop_for(&self, error: &ArchiveError, what: &str) {
         self.shown.upload_failed();
@@ -320,81 +435,19 @@ impl Uploader {
         self.halt.stop(ArchiveError::Refused { why: message });
     }
 
-    /// Tells the repository until when everything is held. A hint for readers, so a failure is only noted.
-    async fn put_coverage(&self, writer: &RepositoryWriter, written: &mut Option<PgTime>) {
-        let (Some(complete_until), Some(archived_lsn)) = (self.board.complete_until(), self.board.archived()) else {
-            return;
-        };
-        let Some((timeline, _)) = self.backlog.sealed_end() else { return };
-        let Ok(timeline) = TimelineId::new(timeline) else { return };
-        if written.is_some_and(|written| written >= complete_until) {
-            return;
-        }
-        let coverage = Coverage {
-            format: 1,
-            system_identifier: self.system,
-            timeline,
-            complete_until,
-            archived_lsn,
-            updated: PgTime::from_timestamp(jiff::Timestamp::now()),
-        };
-        match writer.put_coverage(&coverage).await {
-            Ok(()) => {
-                *written = Some(complete_until);
-                self.shown.set_covered(complete_until);
-            }
-            Err(error) => tracing::debug!(repository = self.shown.name(), %error, "coverage.json was not written"),
-        }
-    }
-
     /// Where the first segment starts that this repository lacks, and its timeline: everything before is there or told as a gap.
     /// A segment that was lost from the spool is waited for (I3).
-    fn whole_until(&self) -> Option<(TimelineId, Lsn)> {
+    pub(super) fn whole_until(&self) -> Option<(TimelineId, Lsn)> {
         let (timeline, end) = self.backlog.first_lacking(self.shown.name()).or(self.backlog.sealed_end())?;
         let timeline = TimelineId::new(timeline).ok()?;
         Some((timeline, self.missing.first_start(timeline).map_or(end, |missing| missing.min(end))))
     }
 
-    /// Looks whether the repository holds what comes before the first object to ship. It may be a new one, or have been away while
-    /// the spool was lost: nothing is taken for granted (I3). False while it is not known where shipping begins.
-    async fn join_on(&self, writer: &RepositoryWriter) -> Result<bool, RepositoryError> {
-        let Some((timeline, from)) = self.whole_until() else { return Ok(false) };
-        let from = self.segment_size.start_of(from);
-        let archive = writer.archive();
-        if !archive.gaps(self.segment_size).await?.is_empty() {
-            show_gaps(&self.board, &archive.catalog().await?);
-        }
-        if let Some(before) = from.get().checked_sub(self.segment_size.get()) {
-            let before = SegmentName::holding(timeline, Lsn::new(before), self.segment_size);
-            for compression in [Compression::Lz4, Compression::Zstd] {
-                if archive.head(&archive.keys().segment(before, compression)).await?.is_some() {
-                    return Ok(true);
-                }
-            }
-        }
-        let catalog = archive.catalog().await?;
-        let held = catalog.timelines.get(&timeline).and_then(|wal| wal.last_byte());
-        // Nothing of the timeline: the repository begins here, or the timeline does.
-        let Some(held) = held.filter(|held| *held < from) else { return Ok(true) };
-        let known =
-            catalog.gaps.iter().any(|gap| gap.timeline == timeline && gap.from_lsn <= held && from <= gap.to_lsn);
-        if !known {
-            let reason = format!("repository {} does not have it, and the spool neither", self.shown.name());
-            let gap = gap_of(self.system, timeline, held, from, &reason);
-            writer.put_gap(&gap).await?;
-            tell_gap(&self.board, &gap);
-        }
-        Ok(true)
-    }
-
     /// Moves the figures: what this repository holds without a gap, tail included.
-    fn show(&self, course: &Course) {
-        if let Some((_, sealed)) = self.whole_until().filter(|_| course.joined) {
-            let pieces = course.piece_before.into_iter().chain(course.piece_at);
-            let behind_it = pieces.filter(|(segment, _)| segment.start() == self.segment_size.start_of(sealed));
-            let archived =
-                behind_it.fold(sealed, |end, (segment, piece)| end.max(Lsn::new(segment.start().get() + piece)));
-            self.shown.set_archived(archived);
+    fn show(&self, stand: &mut Stand) {
+        if let Some((timeline, sealed)) = self.whole_until().filter(|_| stand.joined) {
+            stand.courses.forget_before(timeline, sealed);
+            self.shown.set_archived(stand.courses.reach(timeline, sealed, self.segment_size));
             let lowest = self.board.archived();
             self.archived.send_if_modified(|known| std::mem::replace(known, lowest) != lowest);
         }
@@ -402,29 +455,64 @@ impl Uploader {
         self.board.set_queue(segments, bytes);
     }
 
-    /// The next piece to ship, or nothing new. On another segment, first asks what the repository has of it.
-    async fn next_piece(&self, writer: &RepositoryWriter, course: &mut Course) -> Option<Piece> {
-        let settings = self.wal.borrow().clone()?;
-        let segment = self.tail.segment()?;
-        // A timeline's history comes first (I10).
-        if self.backlog.lacks_history(self.shown.name(), segment.timeline()) {
+    /// The next piece to send, if there is something new and its turn has come.
+    fn next_piece(&self, stand: &mut Stand) -> Option<Box<Piece>> {
+        let is_waited_for = self.durable_in_repository && self.board.is_waited_for();
+        // Commits that wait need the pieces also where the tail is off.
+        if !self.tail_on && !is_waited_for {
             return None;
         }
-        if course.piece_at.is_none_or(|(at, _)| at != segment) {
-            // A writer lists a segment's pieces before its first write and goes on at their contiguous end.
-            match writer.archive().pieces(segment).await {
-                Ok(pieces) => {
-                    course.piece_before = course.piece_at;
-                    course.piece_at = Some((segment, u64::from(PieceChain::of(&pieces).end)));
+        let in_flight = stand.courses.in_flight();
+        if in_flight >= if is_waited_for { PIECES_IN_FLIGHT } else { 1 } {
+            return None;
+        }
+        if stand.piece_not_before.is_some_and(|at| Instant::now() < at) {
+            return None;
+        }
+        if !is_waited_for && stand.piece_sent.is_some_and(|sent| sent.elapsed() < self.pace.spacing()) {
+            return None;
+        }
+        let settings = self.wal.borrow().clone()?;
+        // At most once around: from the segment that was whole to the one that is open.
+        for _ in 0..2 {
+            let at = self.segment_to_tail(stand)?;
+            // A timeline's history comes first (I10), and so does the list of what is there.
+            if stand.listed != Some(at.segment.timeline())
+                || self.backlog.lacks_history(self.shown.name(), at.segment.timeline())
+            {
+                return None;
+            }
+            stand.piece_at = Some(at.segment);
+            let (from, until) = stand.courses.next(at.segment);
+            self.tail.stand(self.shown.name(), at.segment, from);
+            match self.tail.piece(&settings, at.segment, from, until) {
+                Offer::Piece(piece) => {
+                    stand.courses.sent(piece.segment, piece.start, piece.end);
+                    stand.piece_sent = Some(Instant::now());
+                    return Some(piece);
                 }
-                Err(error) => {
-                    self.failing.set(&self.board, &self.shown, Some(describe(&error)));
+                // The rest of it is on its way, or comes with the whole segment.
+                Offer::Nothing | Offer::NotACut { .. } if at.closed => stand.piece_at = Some(at.segment.next()),
+                Offer::Nothing => return None,
+                Offer::NotACut { at: offset } => {
+                    self.tail.want_cut(at.segment, offset);
                     return None;
                 }
             }
         }
-        let (_, from) = course.piece_at?;
-        self.tail.piece(&settings, segment, from)
+        None
+    }
+
+    /// The segment that was whole meanwhile, if its beginning was sent in pieces, or else the open one.
+    fn segment_to_tail(&self, stand: &Stand) -> Option<TailedSegment> {
+        let segments = self.tail.segments();
+        let begun = |tailed: &&TailedSegment| {
+            !tailed.closed || stand.piece_at == Some(tailed.segment) && stand.courses.next(tailed.segment).0 > 0
+        };
+        let not_left_behind = |tailed: &&TailedSegment| {
+            stand.piece_at.is_none_or(|at| at.timeline() != tailed.segment.timeline() || at <= tailed.segment)
+        };
+        segments.iter().filter(not_left_behind).find(begun).copied()
     }
 
     /// The spool's copy is damaged: it is set aside, and the live path takes the bytes again from the server (D4).
@@ -446,71 +534,6 @@ impl Uploader {
             Ok(Ok(())) => {}
             Ok(Err(error)) => self.halt.stop(error),
             Err(panic) => self.halt.stop(ArchiveError::Internal { why: panic.to_string() }),
-        }
-    }
-
-    /// Notes a stored object; removes from the spool what every repository holds.
-    async fn settle(&self, entry: &QueueEntry, took: Duration) {
-        self.failing.set(&self.board, &self.shown, None);
-        self.shown.observe_upload(took);
-        tracing::debug!(
-            event = "uploaded",
-            repository = self.shown.name(),
-            object = entry.relative,
-            bytes = entry.stored_size,
-            seconds = took.as_secs_f64(),
-            "stored"
-        );
-        if entry.relative.starts_with("wal/") && segment_of(entry, self.segment_size).is_some() {
-            self.shown.segment_archived();
-        }
-        let (backlog, spool, entry, name) =
-            (self.backlog.clone(), self.spool.clone(), entry.clone(), self.shown.name().to_owned());
-        let job = tokio::task::spawn_blocking(move || -> Result<(), ArchiveError> {
-            backlog.confirm(&entry, &name);
-            for done in backlog.removable() {
-                spool
-                    .disk()
-                    .remove(&spool.folder().join(&done.relative))
-                    .map_err(|source| ArchiveError::Remove { path: spool.folder().join(&done.relative), source })?;
-                backlog.forget(&done);
-            }
-            Ok(())
-        });
-        match job.await {
-            Ok(Ok(())) => {}
-            // The object is stored; only the spool's copy stays longer, and a restart sends it again.
-            Ok(Err(error)) => tracing::warn!(%error, "a stored object stays in the spool"),
-            Err(panic) => self.halt.stop(ArchiveError::Internal { why: panic.to_string() }),
-        }
-    }
-
-    /// Pieces that outlived their segment, because the agent died between the two.
-    async fn drop_stale_pieces(&self, writer: &RepositoryWriter) {
-        let Some((timeline, _)) = self.backlog.sealed_end() else { return };
-        let Ok(timeline) = TimelineId::new(timeline) else { return };
-        let prefix = format!("{}{}/", writer.archive().keys().tail_prefix(), timeline.to_hex());
-        match writer.archive().list_folders(&prefix).await {
-            Ok(folders) => {
-                for name in
-                    folders.iter().filter_map(|f| SegmentName::parse(f.trim_end_matches('/'), self.segment_size).ok())
-                {
-                    // Refused by itself unless the whole segment is stored.
-                    if let Err(error) = writer.delete_pieces(name).await {
-                        tracing::debug!(segment = %name, %error, "tail pieces stay in the repository");
-                    }
-                }
-            }
-            Err(error) => tracing::debug!(%error, "old tail pieces were not looked for"),
-        }
-    }
-
-    /// The whole segment has replaced its pieces. Without the right to delete they stay, which does no harm.
-    async fn drop_pieces(&self, writer: &RepositoryWriter, segment: SegmentName) {
-        if self.tail_on
-            && let Err(error) = writer.delete_pieces(segment).await
-        {
-            tracing::debug!(%segment, %error, "tail pieces stay in the repository");
         }
     }
 }

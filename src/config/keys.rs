@@ -29,6 +29,8 @@ pub const KEYS: &[Key] = &[
     key("archive", "tail_interval", r#""1s""#),
     key("archive", "tail_bytes", r#""1MiB""#),
     key("archive", "stop_timeout", r#""10s""#),
+    key("sync", "on_delay", r#""wait""#),
+    key("sync", "max_delay", r#""30s""#),
     key("spool", "path", r#""walden-spool""#),
     key("spool", "bytes_max", r#""8GiB""#),
     key("spool", "free_bytes_min", r#""512MiB""#),

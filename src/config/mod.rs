@@ -23,9 +23,9 @@ pub use keys::{KEYS, Key};
 pub use raw::Origin;
 pub use schedule::Schedule;
 pub use settings::{
-    ArchiveSettings, BackupSettings, Checkpoint, ConnectionUrl, Durability, MetricsSettings, PostgresSettings,
+    ArchiveSettings, BackupSettings, Checkpoint, ConnectionUrl, Durability, MetricsSettings, OnDelay, PostgresSettings,
     RepositorySettings, RestoreSettings, S3Options, Settings, SpoolSettings, StateSettings, StoreSettings,
-    UploadSettings,
+    SyncSettings, UploadSettings,
 };
 pub use sources::{QuickSettings, Sources};
 

@@ -11,8 +11,8 @@ use super::raw::{Origin, Raw};
 use super::reader::Reader;
 use super::schedule::Schedule;
 use super::settings::{
-    ArchiveSettings, BackupSettings, Checkpoint, ConnectionUrl, Durability, PostgresSettings, RestoreSettings,
-    SpoolSettings, UploadSettings,
+    ArchiveSettings, BackupSettings, Checkpoint, ConnectionUrl, Durability, OnDelay, PostgresSettings, RestoreSettings,
+    SpoolSettings, SyncSettings, UploadSettings,
 };
 use super::value::Scalar;
 use crate::seal::Compression;
@@ -110,6 +110,13 @@ pub fn archive(read: &Reader) -> Result<ArchiveSettings, ConfigError> {
         tail_interval: read.duration_or_off("tail_interval", Duration::from_millis(10)..=HOUR)?,
         tail_bytes: read.bytes("tail_bytes", 8 * KIB..=GIB)?,
         stop_timeout: read.duration("stop_timeout", Duration::ZERO..=HOUR)?,
+    })
+}
+
+pub fn sync(read: &Reader) -> Result<SyncSettings, ConfigError> {
+    Ok(SyncSettings {
+        on_delay: read.word("on_delay", &[("wait", OnDelay::Wait), ("degrade", OnDelay::Degrade)])?,
+        max_delay: read.duration("max_delay", TENTH..=DAY)?,
     })
 }
 

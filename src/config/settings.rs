@@ -20,6 +20,7 @@ pub struct Settings {
     pub file: Option<PathBuf>,
     pub postgres: PostgresSettings,
     pub archive: ArchiveSettings,
+    pub sync: SyncSettings,
     pub spool: SpoolSettings,
     pub state: StateSettings,
     pub upload: UploadSettings,
@@ -82,6 +83,22 @@ pub struct ArchiveSettings {
     pub tail_bytes: u64,
     /// How long a stopping agent may still ship.
     pub stop_timeout: Duration,
+}
+
+/// What becomes of commits that wait for the repositories, once they have waited too long.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnDelay {
+    /// They wait on.
+    Wait,
+    /// They return after the local disk has their WAL, until the repositories keep up again.
+    Degrade,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SyncSettings {
+    pub on_delay: OnDelay,
+    /// How long is too long.
+    pub max_delay: Duration,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -198,6 +215,7 @@ impl Settings {
         let settings = Self {
             postgres: sections::postgres(&section("postgres"))?,
             archive: sections::archive(&section("archive"))?,
+            sync: sections::sync(&section("sync"))?,
             spool: sections::spool(&section("spool"))?,
             state: StateSettings { path: section("state").path("path")? },
             upload: sections::upload(&section("upload"))?,

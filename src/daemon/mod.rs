@@ -16,8 +16,8 @@ use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
-use crate::archive::{ArchiveError, Archiver, ArchiverSettings, LiveSettings, SpoolBounds};
-use crate::config::{BackupSettings, Durability, Settings};
+use crate::archive::{ArchiveError, Archiver, ArchiverSettings, LiveSettings, OnDelay, SpoolBounds};
+use crate::config::{self, BackupSettings, Durability, Settings};
 use crate::monitor::{Monitor, MonitorError};
 use crate::postgres::ConnectSettings;
 use crate::storage::Backoff;
@@ -95,6 +95,13 @@ pub fn archiver_settings(settings: &Settings, connect: ConnectSettings) -> Archi
             compression: settings.archive.compression,
             compression_level: settings.archive.compression_level,
             durable_in_repository: settings.archive.durability == Durability::Repository,
+            on_delay: match settings.sync.on_delay {
+                config::OnDelay::Wait => OnDelay::Wait,
+                config::OnDelay::Degrade => OnDelay::Degrade,
+            },
+            max_delay: settings.sync.max_delay,
+            application_name: settings.postgres.application_name.clone(),
+            stop_timeout: settings.archive.stop_timeout,
             cut_interval: settings.archive.tail_interval.unwrap_or(CUT_INTERVAL),
             cut_bytes: settings.archive.tail_interval.map(|_| settings.archive.tail_bytes),
             bounds: SpoolBounds { bytes_max: settings.spool.bytes_max, free_bytes_min: settings.spool.free_bytes_min },

@@ -6,9 +6,12 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::{Durability, Settings};
 use crate::failure::NextStep;
-use crate::postgres::{ConnectSettings, PostgresError, ReplicationConnection, Sql};
+use crate::postgres::{ConnectSettings, PostgresError, ReplicationConnection, Sql, names_explicitly, names_standby};
 use crate::telemetry::{Board, CauseCode, SlotFacts};
+use crate::wal::Lsn;
 
+/// A commit that still waits so long after its WAL was confirmed waits for something else.
+const COMMIT_SECONDS: f64 = 5.0;
 const INTERVAL: Duration = Duration::from_secs(2);
 /// How long the way without SQL is kept before SQL is tried again.
 const SQL_RETRY: Duration = Duration::from_secs(60);
@@ -87,6 +90,8 @@ impl Observer {
             return Ok(());
         };
         let info = connection.identify_system().await?;
+        let names = connection.show("synchronous_standby_names").await?;
+        self.board.set_waited_for(names_standby(&names, &self.settings.postgres.application_name));
         self.board.note_flush_sample(now, info.flush_lsn);
         self.replication = Some(connection);
         Ok(())
@@ -105,10 +110,13 @@ async fn ask_sql(sql: &Sql, board: &Board, settings: &Settings) -> Result<(), Po
         wal_status: slot.wal_status,
         retained_bytes: slot.retained_bytes,
     }));
-    let state = sql.sync_state(&settings.postgres.application_name).await?;
-    board.set_waited_for(matches!(state.as_deref(), Some("sync" | "quorum")));
+    let name = &settings.postgres.application_name;
+    let state = sql.sync_state(name).await?;
     let names = sql.setting("synchronous_standby_names").await?.unwrap_or_default();
-    let asked = names.contains(&settings.postgres.application_name);
+    let is_waited_for = is_waited_for(state.as_deref(), &names, name);
+    board.set_waited_for(is_waited_for);
+    watch_remote_apply(sql, board, is_waited_for, flush).await?;
+    let asked = names_explicitly(&names, name);
     match state.as_deref() {
         Some(state @ ("sync" | "quorum")) if !asked && settings.archive.durability == Durability::Spool => {
             let message = format!(
@@ -119,4 +127,54 @@ async fn ask_sql(sql: &Sql, board: &Board, settings: &Settings) -> Result<(), Po
         _ => board.clear(CauseCode::UnexpectedSync),
     }
     Ok(())
+}
+
+/// Whether commits wait for this agent. `pg_stat_replication` shows a standby that has not told a position yet as `async`, and nothing
+/// without `pg_monitor`: then the list of names decides (`pg_stat_get_wal_senders` in `src/backend/replication/walsender.c`).
+fn is_waited_for(sync_state: Option<&str>, names: &str, name: &str) -> bool {
+    match sync_state {
+        Some("sync" | "quorum") => true,
+        Some("potential") => false,
+        _ => names_standby(names, name),
+    }
+}
+
+/// An archiver applies nothing, so commits that ask for it would wait for ever.
+async fn watch_remote_apply(sql: &Sql, board: &Board, is_waited_for: bool, flush: Lsn) -> Result<(), PostgresError> {
+    if !is_waited_for {
+        board.clear(CauseCode::RemoteApply);
+        return Ok(());
+    }
+    if let Some(place) = sql.remote_apply().await? {
+        let message = format!(
+            "synchronous_commit = remote_apply ({place}) waits for a standby to apply the WAL, which an archiver never does: commits hang; set it to on, or name a replica beside Walden: ANY 1 (replica, walden)"
+        );
+        board.raise(CauseCode::RemoteApply, message);
+        return Ok(());
+    }
+    // Everything is confirmed, and still somebody waits.
+    let is_confirmed = board.durable().is_some_and(|durable| durable >= flush)
+        && board.archived().is_some_and(|archived| archived >= flush);
+    let waiting = if is_confirmed { sql.waiting_commits(COMMIT_SECONDS).await? } else { 0 };
+    if waiting > 0 {
+        let message = format!(
+            "{waiting} commits wait for a synchronous standby although Walden has confirmed all WAL: sessions with synchronous_commit = remote_apply wait for an apply that an archiver never does (set it to on), or another standby in synchronous_standby_names is missing"
+        );
+        board.raise(CauseCode::RemoteApply, message);
+    } else if is_confirmed {
+        board.clear(CauseCode::RemoteApply);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_standby_without_a_position_is_waited_for_if_it_is_named() {
+        assert!(is_waited_for(Some("sync"), "walden", "walden") && is_waited_for(Some("quorum"), "*", "walden"));
+        assert!(is_waited_for(Some("async"), "ANY 1 (a, walden)", "walden") && is_waited_for(None, "walden", "walden"));
+        assert!(!is_waited_for(Some("potential"), "a, walden", "walden") && !is_waited_for(None, "a", "walden"));
+    }
 }

@@ -299,6 +299,30 @@ impl Sql {
         }
     }
 
+    /// Where `synchronous_commit = remote_apply` is set: for the server, or for databases and roles. Sessions that set it themselves
+    /// are not seen. `None`: nowhere.
+    pub async fn remote_apply(&self) -> Result<Option<String>, PostgresError> {
+        if self.setting("synchronous_commit").await?.as_deref() == Some("remote_apply") {
+            return Ok(Some("the server's default".into()));
+        }
+        let query = "SELECT pg_catalog.string_agg(pg_catalog.concat_ws(' ', 'database ' || d.datname, 'role ' || r.rolname), ', ') \
+                     FROM pg_catalog.pg_db_role_setting s LEFT JOIN pg_catalog.pg_database d ON d.oid = s.setdatabase \
+                     LEFT JOIN pg_catalog.pg_roles r ON r.oid = s.setrole \
+                     WHERE 'synchronous_commit=remote_apply' = ANY (s.setconfig)";
+        match self.row(query, &[]).await? {
+            Some(row) => get(&row, 0),
+            None => Ok(None),
+        }
+    }
+
+    /// Sessions that have waited for a synchronous standby for more than `seconds`. Without `pg_monitor` only this role's own are seen.
+    pub async fn waiting_commits(&self, seconds: f64) -> Result<i64, PostgresError> {
+        let query = "SELECT count(*) FROM pg_catalog.pg_stat_activity WHERE wait_event = 'SyncRep' AND wait_event_type = 'IPC' \
+                     AND query_start < pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => $1)";
+        let row = self.row(query, &[&seconds]).await?.ok_or_else(|| PostgresError::protocol("a query gave no row"))?;
+        get(&row, 0)
+    }
+
     pub async fn role(&self) -> Result<RoleInfo, PostgresError> {
         let query = "SELECT rolsuper, rolreplication, pg_catalog.pg_has_role(oid, 'pg_monitor'::name, 'MEMBER') \
                      FROM pg_catalog.pg_roles WHERE rolname = current_user";

@@ -2,6 +2,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
+use futures_util::{StreamExt, TryStreamExt, stream};
 
 use super::objects::SMALL_OBJECT_BYTES_MAX;
 use super::{
@@ -13,6 +14,9 @@ use crate::wal::{Lsn, SegmentName, SegmentSize, TimelineId};
 
 /// Bytes that a history file may have.
 const HISTORY_BYTES_MAX: u64 = 1 << 20;
+
+/// Pieces removed at the same time: a busy server's segment may have come in thousands.
+const DELETIONS: usize = 8;
 
 /// A sealed WAL object as it lies on local disk, or in memory.
 #[derive(Clone, Debug)]
@@ -172,7 +176,7 @@ impl RepositoryWriter {
     }
 
     /// Deletes the pieces of a segment, once the complete segment is there. Gives how many were deleted.
-    pub async fn delete_pieces(&self, segment: SegmentName) -> Result<u32, RepositoryError> {
+    pub async fn delete_pieces(&self, segment: SegmentName) -> Result<usize, RepositoryError> {
         self.lease.require()?;
         let mut whole = false;
         for compression in [Compression::Lz4, Compression::Zstd] {
@@ -181,12 +185,14 @@ impl RepositoryWriter {
         if !whole {
             return Err(RepositoryError::SegmentMissing { url: self.archive.url(), segment: segment.to_string() });
         }
-        let mut deleted = 0;
-        for Piece { start, end, compression, .. } in self.archive.pieces(segment).await? {
+        let pieces = self.archive.pieces(segment).await?;
+        let deleted = pieces.len();
+        let deletions = pieces.into_iter().map(|Piece { start, end, compression, .. }| async move {
             self.lease.require()?;
-            self.archive.store().delete(&self.archive.keys().piece(segment, start, end, compression)).await?;
-            deleted += 1;
-        }
+            let key = self.archive.keys().piece(segment, start, end, compression);
+            Ok::<(), RepositoryError>(self.archive.store().delete(&key).await?)
+        });
+        stream::iter(deletions).buffer_unordered(DELETIONS).try_collect::<()>().await?;
         self.archive.store().tidy(&self.archive.keys().pieces_prefix(segment)).await?;
         Ok(deleted)
     }

@@ -1,4 +1,5 @@
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -46,6 +47,10 @@ struct Shared {
     durable_bytes: Odometer,
     archived_bytes: Odometer,
     repositories: Vec<RepositoryState>,
+    /// The server waits for this agent at each commit, as its synchronous standby.
+    waited_for: AtomicBool,
+    /// Milliseconds in which waiting commits returned without the repositories' word.
+    unguarded: Counter,
     facts: Mutex<Facts>,
 }
 
@@ -77,8 +82,6 @@ struct Facts {
     queue: Option<(u64, u64)>,
     spool_free_bytes: Option<u64>,
     gaps: Vec<GapFact>,
-    /// The server waits for this agent at each commit, as its synchronous standby.
-    waited_for: bool,
     diverged: Option<Lsn>,
     backup_running: bool,
     last_backup: Option<BackupFacts>,
@@ -111,7 +114,6 @@ impl Board {
             queue: None,
             spool_free_bytes: None,
             gaps: Vec::new(),
-            waited_for: false,
             diverged: None,
             backup_running: false,
             last_backup: None,
@@ -130,6 +132,8 @@ impl Board {
             durable_bytes: Odometer::default(),
             archived_bytes: Odometer::default(),
             repositories,
+            waited_for: AtomicBool::new(false),
+            unguarded: Counter::default(),
             facts: Mutex::new(facts),
         };
         Self { shared: Arc::new(shared) }
@@ -161,19 +165,23 @@ impl Board {
     }
 
     pub fn set_waited_for(&self, waited_for: bool) {
-        self.facts().waited_for = waited_for;
+        self.shared.waited_for.store(waited_for, Ordering::Relaxed);
     }
 
-    /// False as well where SQL does not tell.
     pub fn is_waited_for(&self) -> bool {
-        self.facts().waited_for
+        self.shared.waited_for.load(Ordering::Relaxed)
+    }
+
+    /// Commits that waited for this agent returned for so long without the repositories' word.
+    pub fn count_unguarded(&self, time: Duration) {
+        self.shared.unguarded.add(u64::try_from(time.as_millis()).unwrap_or(u64::MAX));
     }
 
     /// Raises `not_connected`. The positions stay: what is held is held.
     pub fn set_disconnected(&self, message: impl Into<String>) {
         let mut facts = self.facts();
         facts.connected = false;
-        facts.waited_for = false;
+        self.shared.waited_for.store(false, Ordering::Relaxed);
         facts.connected_since = None;
         facts.raise(CauseCode::NotConnected, message.into(), self.shared.clock.wall(), true);
     }
@@ -412,6 +420,7 @@ impl Board {
             spool_free_bytes: facts.spool_free_bytes,
             wal_bytes: Stage::ALL.map(|stage| self.wal_bytes(stage)),
             repositories: repositories.map(|(state, error)| state.snapshot(error.clone())).collect(),
+            unguarded: Duration::from_millis(self.shared.unguarded.get()),
             backup_running: facts.backup_running,
             last_backup: facts.last_backup.clone(),
             backup_failures: facts.backup_failures,

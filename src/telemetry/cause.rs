@@ -16,6 +16,9 @@ pub enum CauseCode {
     LeaseHeld,
     LeaseLost,
     UnexpectedSync,
+    RemoteApply,
+    SyncDelayed,
+    SyncDegraded,
     StoreFailing,
     Conflict,
     SpoolFull,
@@ -31,7 +34,7 @@ pub enum CauseCode {
 }
 
 impl CauseCode {
-    pub const ALL: [CauseCode; 23] = [
+    pub const ALL: [CauseCode; 26] = [
         Self::NotConnected,
         Self::NoSql,
         Self::SlotMissing,
@@ -43,6 +46,9 @@ impl CauseCode {
         Self::LeaseHeld,
         Self::LeaseLost,
         Self::UnexpectedSync,
+        Self::RemoteApply,
+        Self::SyncDelayed,
+        Self::SyncDegraded,
         Self::StoreFailing,
         Self::Conflict,
         Self::SpoolFull,
@@ -70,6 +76,9 @@ impl CauseCode {
             Self::LeaseHeld => "lease_held",
             Self::LeaseLost => "lease_lost",
             Self::UnexpectedSync => "unexpected_sync",
+            Self::RemoteApply => "remote_apply",
+            Self::SyncDelayed => "sync_delayed",
+            Self::SyncDegraded => "sync_degraded",
             Self::StoreFailing => "store_failing",
             Self::Conflict => "conflict",
             Self::SpoolFull => "spool_full",

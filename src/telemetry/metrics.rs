@@ -109,6 +109,11 @@ impl Snapshot {
             let rows = WAL_STATUSES.map(|each| (vec![("wal_status", each.into())], flag(each == status)));
             page.gauges("slot_wal_status", "The slot's wal_status on the server; 1 for the one that holds", rows)?;
         }
+        page.counters(
+            "sync_degraded_seconds",
+            "Time in which commits that wait for Walden returned without the repositories' word",
+            [(Vec::new(), self.unguarded.as_secs())],
+        )?;
         page.gauge("wal_gaps", "Ranges of WAL known to be lost", Some(self.gaps.len() as f64))?; // a small count
         page.gauge(
             "queue_segments",

@@ -34,6 +34,8 @@ pub struct Snapshot {
     /// In the order of `Stage::ALL`.
     pub wal_bytes: [u64; Stage::ALL.len()],
     pub repositories: Vec<RepositorySnapshot>,
+    /// How long waiting commits returned without the repositories' word, since the start.
+    pub unguarded: Duration,
     pub backup_running: bool,
     pub last_backup: Option<BackupFacts>,
     pub backup_failures: u64,

@@ -15,11 +15,11 @@ use crate::support::{Postgres, Recorder, Stage, Walden, has_cause, parts, wait_u
 
 const MINUTE: Duration = Duration::from_secs(60);
 
-fn runtime() -> tokio::runtime::Runtime {
+pub fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("a runtime")
 }
 
-fn s3_table(name: &str, server: &S3Server) -> String {
+pub fn s3_table(name: &str, server: &S3Server) -> String {
     format!(
         "[[repository]]\nname = \"{name}\"\ntype = \"s3\"\nbucket = \"{}\"\nprefix = \"deep/down\"\nregion = \"us-east-1\"\n\
          endpoint = \"{}\"\npath_style = true\n",

@@ -165,7 +165,9 @@ impl Held {
             return Judgement::Absent("it lies before the timeline's beginning");
         }
         let chain = PieceChain::of(&self.pieces);
-        if chain.end > 0 && chain.unreachable.is_empty() && !later {
+        // Held to its end in pieces: the next one was begun before it was stored whole.
+        let is_whole = u64::from(chain.end) == segment.size().get();
+        if is_whole || chain.end > 0 && chain.unreachable.is_empty() && !later {
             return Judgement::Open(chain);
         }
         if segment.start() >= self.last_byte {

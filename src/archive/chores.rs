@@ -1,0 +1,117 @@
+//! What an uploader does beside the uploads: looks what a repository holds, tells what it covers, removes what was replaced.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use super::gap::{gap_of, show_gaps, tell_gap};
+use super::uploader::{COVERAGE_QUIET, Covered, QUIET_AFTER, Uploader};
+use crate::repository::{Coverage, ParsedKey, Piece, RepositoryError, RepositoryWriter};
+use crate::seal::Compression;
+use crate::wal::{Lsn, PgTime, SegmentName, TimelineId};
+
+impl Uploader {
+    /// Whether there is something new to tell. A quiet server's moments are told less often: each is a request.
+    pub(super) fn is_coverage_due(&self, covered: &Covered) -> bool {
+        let (Some(until), Some(archived)) = (self.board.complete_until(), self.board.archived()) else { return false };
+        if covered.until.is_some_and(|written| written >= until) {
+            return false;
+        }
+        let is_quiet = covered.archived == Some(archived) && covered.moved.is_some_and(|at| at.elapsed() > QUIET_AFTER);
+        let spacing = if is_quiet { COVERAGE_QUIET } else { self.pace.spacing() };
+        covered.written.is_none_or(|at: Instant| at.elapsed() >= spacing)
+    }
+
+    /// Tells the repository until when everything is held. A hint for readers, so a failure is only noted.
+    pub(super) async fn put_coverage(&self, writer: &RepositoryWriter, covered: Covered) -> Option<(PgTime, Lsn)> {
+        let (complete_until, archived_lsn) = (self.board.complete_until()?, self.board.archived()?);
+        let timeline = TimelineId::new(self.backlog.sealed_end()?.0).ok()?;
+        if covered.until.is_some_and(|written| written >= complete_until) {
+            return None;
+        }
+        let coverage = Coverage {
+            format: 1,
+            system_identifier: self.system,
+            timeline,
+            complete_until,
+            archived_lsn,
+            updated: PgTime::from_timestamp(jiff::Timestamp::now()),
+        };
+        match writer.put_coverage(&coverage).await {
+            Ok(()) => {
+                self.shown.set_covered(complete_until);
+                Some((complete_until, archived_lsn))
+            }
+            Err(error) => {
+                tracing::debug!(repository = self.shown.name(), %error, "coverage.json was not written");
+                None
+            }
+        }
+    }
+
+    /// Looks whether the repository holds what comes before the first object to ship. It may be a new one, or have been away while
+    /// the spool was lost: nothing is taken for granted (I3). False while it is not known where shipping begins.
+    pub(super) async fn join_on(&self, writer: &RepositoryWriter) -> Result<bool, RepositoryError> {
+        let Some((timeline, from)) = self.whole_until() else { return Ok(false) };
+        let from = self.segment_size.start_of(from);
+        let archive = writer.archive();
+        if !archive.gaps(self.segment_size).await?.is_empty() {
+            show_gaps(&self.board, &archive.catalog().await?);
+        }
+        if let Some(before) = from.get().checked_sub(self.segment_size.get()) {
+            let before = SegmentName::holding(timeline, Lsn::new(before), self.segment_size);
+            for compression in [Compression::Lz4, Compression::Zstd] {
+                if archive.head(&archive.keys().segment(before, compression)).await?.is_some() {
+                    return Ok(true);
+                }
+            }
+        }
+        let catalog = archive.catalog().await?;
+        let held = catalog.timelines.get(&timeline).and_then(|wal| wal.last_byte());
+        // Nothing of the timeline: the repository begins here, or the timeline does.
+        let Some(held) = held.filter(|held| *held < from) else { return Ok(true) };
+        let known =
+            catalog.gaps.iter().any(|gap| gap.timeline == timeline && gap.from_lsn <= held && from <= gap.to_lsn);
+        if !known {
+            let reason = format!("repository {} does not have it, and the spool neither", self.shown.name());
+            let gap = gap_of(self.system, timeline, held, from, &reason);
+            writer.put_gap(&gap).await?;
+            tell_gap(&self.board, &gap);
+        }
+        Ok(true)
+    }
+
+    /// The pieces that are there of a timeline, by segment. Those whose segment is there whole are removed: the agent that wrote them
+    /// died between the two.
+    pub(super) async fn list_pieces(
+        &self,
+        writer: &RepositoryWriter,
+        timeline: TimelineId,
+    ) -> Result<Vec<(SegmentName, Vec<Piece>)>, RepositoryError> {
+        let archive = writer.archive();
+        let mut found: BTreeMap<SegmentName, Vec<Piece>> = BTreeMap::new();
+        for object in archive.list(&archive.keys().tail_timeline_prefix(timeline), None).await? {
+            let parsed = ParsedKey::parse(archive.keys(), &object.key, self.segment_size);
+            if let ParsedKey::Piece { segment, start, end, compression } = parsed {
+                let piece = Piece { segment, start, end, compression, stored_bytes: object.size };
+                found.entry(segment).or_default().push(piece);
+            }
+        }
+        let open = self.tail.segment();
+        for segment in found.keys().filter(|segment| open.is_none_or(|open| **segment < open)) {
+            // Refused by itself unless the whole segment is stored.
+            if let Err(error) = writer.delete_pieces(*segment).await {
+                tracing::debug!(%segment, %error, "tail pieces stay in the repository");
+            }
+        }
+        Ok(found.into_iter().collect())
+    }
+
+    /// The whole segment has replaced its pieces. Without the right to delete they stay, which does no harm.
+    pub(super) async fn drop_pieces(&self, writer: &RepositoryWriter, segment: SegmentName) {
+        if (self.tail_on || self.durable_in_repository)
+            && let Err(error) = writer.delete_pieces(segment).await
+        {
+            tracing::debug!(%segment, %error, "tail pieces stay in the repository");
+        }
+    }
+}
