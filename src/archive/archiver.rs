@@ -230,6 +230,7 @@ impl Archiver {
         if tokio::task::spawn_blocking(move || live.join()).await.is_err() {
             tracing::error!("the live path's thread could not be joined");
         }
+        self.tail.send_the_rest();
         let deadline = tokio::time::Instant::now() + self.stop_timeout;
         let mut changed = self.backlog.subscribe();
         loop {

@@ -108,9 +108,7 @@ impl Uploader {
 
     /// The whole segment has replaced its pieces. Without the right to delete they stay, which does no harm.
     pub(super) async fn drop_pieces(&self, writer: &RepositoryWriter, segment: SegmentName) {
-        if (self.tail_on || self.durable_in_repository)
-            && let Err(error) = writer.delete_pieces(segment).await
-        {
+        if let Err(error) = writer.delete_pieces(segment).await {
             tracing::debug!(%segment, %error, "tail pieces stay in the repository");
         }
     }

@@ -445,6 +445,7 @@ impl Live {
             disk,
             held,
             settings: &self.settings,
+            connect: self.connected_host(),
             segment_size: self.segment_size,
             status_interval,
             board: &self.board,

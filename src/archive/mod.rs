@@ -29,6 +29,7 @@ mod sealer;
 mod ship;
 mod start;
 mod tail;
+mod tenure;
 mod turn;
 mod uploader;
 

@@ -2,6 +2,7 @@
 //! store have threads and tasks of their own, and their pressure arrives here as a durable position that stands still (I11).
 
 use std::collections::BTreeSet;
+use std::pin::Pin;
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
@@ -13,7 +14,7 @@ use super::held::HeldBytes;
 use super::sealer::{DiskSide, DiskState};
 use super::turn::Turn;
 use super::{ArchiveError, Halt, LiveSettings};
-use crate::postgres::{WalMessage, WalStream};
+use crate::postgres::{ConnectSettings, ReplicationConnection, WalMessage, WalStream};
 use crate::telemetry::Board;
 use crate::wal::{Lsn, PAGE_SIZE, SegmentName, SegmentSize};
 
@@ -23,6 +24,9 @@ const SHUTS_DOWN: u32 = 3;
 const GOODBYE: Duration = Duration::from_millis(500);
 /// A server that answers no request for a reply in this many status intervals is gone.
 const SILENT_INTERVALS: u32 = 4;
+
+/// How long a stopping agent still takes what the server had when it was told to stop.
+const LAST_BYTES: Duration = Duration::from_secs(2);
 
 /// How a session ended without an error.
 pub enum SessionEnd {
@@ -39,6 +43,8 @@ pub struct Receiver<'a> {
     /// What is held from the stream's start on; compared byte for byte with what the server sends (I7).
     pub held: Option<HeldBytes>,
     pub settings: &'a LiveSettings,
+    /// For another connection to the same host.
+    pub connect: ConnectSettings,
     pub segment_size: SegmentSize,
     pub status_interval: Duration,
     pub board: &'a Board,
@@ -96,12 +102,16 @@ impl Receiver<'_> {
         let mut heard = Instant::now();
         let mut next_status = Instant::now();
         let mut next_cut = Instant::now() + self.settings.cut_interval;
+        let mut last = None;
         // The first messages may have come with the answer to the command.
         if self.take_messages().await? {
             return Ok(SessionEnd::EndOfTimeline);
         }
         loop {
             let now = Instant::now();
+            if last.as_ref().is_some_and(|last: &LastBytes| last.are_there(now, self.assembler.position())) {
+                return Ok(SessionEnd::Shutdown);
+            }
             if self.guard.deadline().is_some_and(|deadline| now >= deadline) && self.board.is_waited_for() {
                 self.send_status(false).await?;
             }
@@ -122,11 +132,13 @@ impl Receiver<'_> {
             }
             // Behind it the delay is told, or nobody waits; then the next cut is soon enough to look again.
             let deadline = self.guard.deadline().filter(|deadline| *deadline > now).unwrap_or(next_cut);
-            let wake = tokio::time::Instant::from_std(next_status.min(next_cut).min(deadline));
+            let end = last.as_ref().map_or(next_cut, |last| last.deadline);
+            let wake = tokio::time::Instant::from_std(next_status.min(next_cut).min(deadline).min(end));
             tokio::select! {
                 biased;
-                () = self.shutdown.cancelled() => return Ok(SessionEnd::Shutdown),
+                () = self.shutdown.cancelled(), if last.is_none() => last = Some(LastBytes::ask(self.connect.clone())),
                 () = self.halt.halted() => return Ok(SessionEnd::Shutdown),
+                () = LastBytes::found(&mut last) => {}
                 changed = state.changed() => {
                     changed.map_err(|_| ArchiveError::Internal { why: "the disk threads ended".into() })?;
                     self.check_disk(&state.borrow_and_update().clone())?;
@@ -369,6 +381,37 @@ impl Receiver<'_> {
             }
         }
         self.send_status(false).await
+    }
+}
+
+/// What a stopping agent still waits for: the commits that the server had acknowledged when the agent was told to stop may be on
+/// their way to it.
+struct LastBytes {
+    deadline: Instant,
+    asked: Pin<Box<dyn Future<Output = Option<Lsn>> + Send>>,
+    /// The server's flush position after the signal; `None` inside if the server did not tell.
+    end: Option<Option<Lsn>>,
+}
+
+impl LastBytes {
+    fn ask(connect: ConnectSettings) -> Self {
+        let asked = Box::pin(async move {
+            let mut connection = ReplicationConnection::connect(&connect).await.ok()?;
+            Some(connection.identify_system().await.ok()?.flush_lsn)
+        });
+        Self { deadline: Instant::now() + LAST_BYTES, asked, end: None }
+    }
+
+    /// Returns once the answer is there; never if nothing was asked or it was heard already.
+    async fn found(last: &mut Option<Self>) {
+        match last {
+            Some(last) if last.end.is_none() => last.end = Some(last.asked.as_mut().await),
+            _ => std::future::pending().await,
+        }
+    }
+
+    fn are_there(&self, now: Instant, position: Lsn) -> bool {
+        now >= self.deadline || self.end.is_some_and(|end| end.is_none_or(|end| position >= end))
     }
 }
 

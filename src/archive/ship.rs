@@ -7,7 +7,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::ArchiveError;
 use super::tail::Piece;
-use super::uploader::{Uploader, describe, segment_of};
+use super::uploader::{Uploader, Work, describe, segment_of};
 use crate::disk::Disk;
 use crate::failure::NextStep;
 use crate::queue::QueueEntry;
@@ -73,7 +73,7 @@ impl Uploader {
                 }
                 Err(error) if !self.tail.holds(&piece) && !stops(&error) => {
                     self.shown.upload_failed();
-                    self.failing.set(&self.board, &self.shown, Some(describe(&error)));
+                    self.tell_store(Work::Pieces, Some(describe(&error)));
                     return gone;
                 }
                 Err(error) if stops(&error) => {
@@ -85,7 +85,7 @@ impl Uploader {
                 }
                 Err(error) => {
                     self.shown.upload_failed();
-                    self.failing.set(&self.board, &self.shown, Some(describe(&error)));
+                    self.tell_store(Work::Pieces, Some(describe(&error)));
                     let throttled = is_throttled(&error);
                     if throttled {
                         self.pace.throttled();
@@ -122,7 +122,7 @@ impl Uploader {
                 }
                 Err(error) => {
                     self.shown.upload_failed();
-                    self.failing.set(&self.board, &self.shown, Some(format!("{}; {}", error.describe(), error.hint())));
+                    self.tell_store(Work::Objects, Some(format!("{}; {}", error.describe(), error.hint())));
                     let throttled = matches!(&error, ArchiveError::Repository(e) if is_throttled(e));
                     if !pause(&mut backoff, throttled, &cancel).await {
                         return Shipped::Cancelled;
@@ -135,7 +135,7 @@ impl Uploader {
 
     /// Notes a stored object; removes from the spool what every repository holds.
     pub(super) async fn settle(&self, entry: &QueueEntry, took: Duration) {
-        self.failing.set(&self.board, &self.shown, None);
+        self.tell_store(Work::Objects, None);
         self.shown.observe_upload(took);
         tracing::debug!(
             event = "uploaded",

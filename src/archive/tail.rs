@@ -6,6 +6,7 @@
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use tokio::sync::watch;
@@ -29,8 +30,8 @@ struct Tailed {
     path: PathBuf,
     /// From 0 on, each begins where the one before ends.
     stretches: Vec<Stretch>,
-    /// It is whole: no stretch follows.
-    closed: bool,
+    /// It is whole: no stretch follows. Since when.
+    closed: Option<Instant>,
 }
 
 impl Tailed {
@@ -47,6 +48,8 @@ struct State {
     /// Where the next session must cut, beyond what the repositories tell it.
     wanted: Option<(SegmentName, BTreeSet<u64>)>,
     session: u64,
+    /// The agent stops: what there is goes out, whatever the interval says.
+    ending: bool,
 }
 
 /// What a repository can be sent.
@@ -97,7 +100,8 @@ impl Piece {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TailedSegment {
     pub segment: SegmentName,
-    pub closed: bool,
+    /// Since when it is whole. `None`: it is open.
+    pub closed_for: Option<Duration>,
 }
 
 #[derive(Debug)]
@@ -133,7 +137,7 @@ impl Tail {
 
     pub fn begin(&self, segment: SegmentName, path: PathBuf) {
         self.with(|state| {
-            state.segments.push_back(Tailed { segment, path, stretches: Vec::new(), closed: false });
+            state.segments.push_back(Tailed { segment, path, stretches: Vec::new(), closed: None });
             while state.segments.len() > SEGMENTS_MAX {
                 state.segments.pop_front();
             }
@@ -147,7 +151,7 @@ impl Tail {
     pub fn push(&self, segment: SegmentName, stretch: Stretch) {
         self.with(|state| {
             let State { segments, stands, .. } = state;
-            if let Some(open) = segments.back_mut().filter(|open| open.segment == segment && !open.closed) {
+            if let Some(open) = segments.back_mut().filter(|open| open.segment == segment && open.closed.is_none()) {
                 open.stretches.push(stretch);
                 if open.stretches.len() > STRETCHES_MAX {
                     let stands = stands.values().filter(|(at, _)| *at == segment).map(|(_, offset)| *offset);
@@ -163,7 +167,7 @@ impl Tail {
         self.with(|state| {
             if let Some(open) = state.segments.iter_mut().find(|open| open.segment == segment) {
                 open.stretches.extend(last);
-                open.closed = true;
+                open.closed = Some(Instant::now());
             }
         });
         self.tell();
@@ -208,7 +212,7 @@ impl Tail {
     /// A repository must go on at `at`, where no stretch begins: the next session cuts there.
     pub fn want_cut(&self, segment: SegmentName, at: u64) {
         let is_new = self.with(|state| {
-            if !state.wanted.as_ref().is_some_and(|(wanted, _)| *wanted == segment) {
+            if state.wanted.as_ref().is_none_or(|(wanted, _)| *wanted != segment) {
                 state.wanted = Some((segment, BTreeSet::new()));
             }
             state.wanted.as_mut().is_some_and(|(_, wanted)| wanted.insert(at))
@@ -225,15 +229,28 @@ impl Tail {
 
     /// The open segment.
     pub fn segment(&self) -> Option<SegmentName> {
-        self.with(|state| state.segments.back().filter(|open| !open.closed).map(|open| open.segment))
+        self.with(|state| state.segments.back().filter(|open| open.closed.is_none()).map(|open| open.segment))
     }
 
     /// Oldest first.
     pub fn segments(&self) -> Vec<TailedSegment> {
         self.with(|state| {
-            let shown = |open: &Tailed| TailedSegment { segment: open.segment, closed: open.closed };
+            let shown = |open: &Tailed| TailedSegment {
+                segment: open.segment,
+                closed_for: open.closed.map(|since| since.elapsed()),
+            };
             state.segments.iter().map(shown).collect()
         })
+    }
+
+    /// The agent stops.
+    pub fn send_the_rest(&self) {
+        self.with(|state| state.ending = true);
+        self.tell();
+    }
+
+    pub fn is_ending(&self) -> bool {
+        self.with(|state| state.ending)
     }
 
     /// Whether a piece made of that session's stretches can still be shipped.

@@ -3,7 +3,7 @@
 //! Nothing here decides what is durable; it only learns what the repository holds. A spool file is removed when every repository
 //! was seen to hold it (I8). Other content under a key of ours is never overwritten: archiving stops (I2).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -21,16 +21,12 @@ use super::turn::Turn;
 use super::{ArchiveError, Halt, Missing};
 use crate::failure::NextStep;
 use crate::queue::QueueEntry;
-use crate::repository::{
-    Archive, Lease, LeaseAttempt, LeaseHolder, LeaseSeeker, Piece as StoredPiece, RepositoryError, RepositoryWriter,
-};
+use crate::repository::{Archive, Lease, LeaseHolder, Piece as StoredPiece, RepositoryError, RepositoryWriter};
 use crate::spool::Spool;
-use crate::storage::{Backoff, ObjectStore};
+use crate::storage::ObjectStore;
 use crate::telemetry::{Board, CauseCode, RepositoryBoard};
 use crate::wal::{Lsn, PgTime, SegmentName, SegmentSize, SystemIdentifier, TimelineId};
 
-const LEASE_TTL: Duration = Duration::from_secs(30);
-const LEASE_POLL: Duration = Duration::from_secs(5);
 const LEASE_RENEW: Duration = Duration::from_secs(10);
 /// The server's position is asked every two seconds, so it is seldom written more often than that.
 const COVERAGE_INTERVAL: Duration = Duration::from_millis(500);
@@ -41,28 +37,44 @@ pub(super) const COVERAGE_QUIET: Duration = Duration::from_secs(10);
 const PIECES_IN_FLIGHT: usize = 4;
 /// How often queue figures are refreshed when nothing happens.
 const IDLE_TICK: Duration = Duration::from_secs(1);
-/// How long a stopping agent tries to give the lease back.
-const RELEASE_LIMIT: Duration = Duration::from_secs(3);
 /// A small request that takes longer is not answered.
-const SILENT_AFTER: Duration = Duration::from_secs(15);
+pub(super) const SILENT_AFTER: Duration = Duration::from_secs(15);
+/// How long the upload of a whole segment may take before the rest of it is sent as a piece.
+const WHOLE_PATIENCE: Duration = Duration::from_secs(1);
+/// How long the store is not asked again what it holds.
+const ASK_PAUSE: Duration = Duration::from_millis(300);
 /// How long a piece is left alone whose bytes could not be read.
 const PIECE_PAUSE: Duration = Duration::from_millis(500);
 
-/// Which repositories answer with errors now; the cause names them.
+/// What a repository may refuse while it takes the rest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Work {
+    /// Whole segments, histories, gaps.
+    Objects,
+    Pieces,
+    /// The lease, listings.
+    Requests,
+}
+
+/// Which repositories answer with errors now, and to what; the cause names them.
 #[derive(Debug, Default)]
-pub struct Failing(Mutex<BTreeMap<String, String>>);
+pub struct Failing(Mutex<BTreeMap<(String, Work), String>>);
 
 impl Failing {
-    pub(super) fn set(&self, board: &Board, shown: &RepositoryBoard, error: Option<String>) {
+    pub(super) fn set(&self, board: &Board, shown: &RepositoryBoard, work: Work, error: Option<String>) {
         let mut failing = self.0.lock().expect("no one panics while holding it");
-        match &error {
-            Some(message) => failing.insert(shown.name().into(), message.clone()),
-            None => failing.remove(shown.name()),
+        let key = (shown.name().to_owned(), work);
+        match error {
+            Some(message) => failing.insert(key, message),
+            None => failing.remove(&key),
         };
-        shown.set_error(error);
+        let own = failing.iter().find(|((name, _), _)| name == shown.name());
+        shown.set_error(own.map(|(_, message)| message.clone()));
         match failing.iter().next() {
             None => board.clear(CauseCode::StoreFailing),
-            Some((name, message)) => board.raise(CauseCode::StoreFailing, format!("repository {name}: {message}")),
+            Some(((name, _), message)) => {
+                board.raise(CauseCode::StoreFailing, format!("repository {name}: {message}"));
+            }
         }
     }
 }
@@ -101,7 +113,7 @@ pub struct Uploader {
     pub segment_size: SegmentSize,
 }
 
-enum Ended {
+pub(super) enum Ended {
     Shutdown,
     /// Taken by another agent, or `None`: not renewed in time, because the store did not answer.
     LeaseLost {
@@ -119,9 +131,11 @@ struct Stand {
     /// The timeline whose pieces were listed.
     listed: Option<TimelineId>,
     listing: bool,
+    /// The last look failed, or came too early.
+    ask_not_before: Option<Instant>,
+    /// Segments of which pieces were found then.
+    in_pieces: BTreeSet<SegmentName>,
     courses: Courses,
-    /// The segment whose pieces are being shipped.
-    piece_at: Option<SegmentName>,
     /// When the last piece was sent.
     piece_sent: Option<Instant>,
     /// A piece could not be read: the file is waited for.
@@ -130,7 +144,7 @@ struct Stand {
     renewing: Option<Instant>,
     covering: Option<Instant>,
     covered: Covered,
-    /// The store does not answer, and that was told.
+    /// The lease's renewal failed or is not answered, and that was told.
     silent: bool,
 }
 
@@ -154,115 +168,12 @@ enum Chore {
 }
 
 impl Uploader {
-    /// Runs until the shutdown, or until something happened that only an operator can judge.
-    pub async fn run(mut self) {
-        loop {
-            let Some(lease) = self.take_lease().await else { return };
-            tracing::info!(event = "lease_taken", repository = self.shown.name(), "this agent holds the lease");
-            let shutdown = self.shutdown.clone();
-            // A store that hangs must not hold up the end.
-            let ended = tokio::select! {
-                ended = self.work(lease.clone()) => ended,
-                () = shutdown.cancelled() => Ended::Shutdown,
-            };
-            let name = self.shown.name();
-            match ended {
-                Ended::LeaseLost { by: Some(by) } => {
-                    let message = format!("repository {name}: {by} took the lease; stop one of the two agents");
-                    self.board.raise(CauseCode::LeaseLost, message);
-                }
-                Ended::LeaseLost { by: None } => {
-                    tracing::info!(event = "lease_expired", repository = name, "the lease ran out; taking it again")
-                }
-                Ended::Shutdown | Ended::Halted => {
-                    let writer = RepositoryWriter::new(self.archive.clone(), lease.clone());
-                    let told = self.put_coverage(&writer, Covered::default());
-                    if tokio::time::timeout(RELEASE_LIMIT, told).await.is_err() {
-                        tracing::debug!(repository = name, "coverage.json was not written in time");
-                    }
-                    match tokio::time::timeout(RELEASE_LIMIT, lease.release()).await {
-                        Ok(Ok(())) => {}
-                        Ok(Err(error)) => {
-                            tracing::debug!(repository = name, %error, "the lease was not released; it runs out");
-                        }
-                        Err(_) => tracing::debug!(repository = name, "the lease was not released in time; it runs out"),
-                    }
-                    return;
-                }
-            }
-        }
+    pub(super) fn tell_store(&self, work: Work, error: Option<String>) {
+        self.failing.set(&self.board, &self.shown, work, error);
     }
 
-    async fn take_lease(&mut self) -> Option<Lease> {
-        let mut seeker = LeaseSeeker::new(self.archive.clone(), self.holder.clone(), LEASE_TTL);
-        let mut backoff = Backoff::new(self.retry_delay_max);
-        let mut probed = false;
-        loop {
-            let attempt = async {
-                if !probed {
-                    let abilities = self.store.probe(&self.probe_prefix).await?;
-                    if !(abilities.prove_one_writer() || self.single_writer) {
-                        self.halt.stop(ArchiveError::NoConditions { url: self.archive.url() });
-                    }
-                    self.refuse_other_cluster().await?;
-                    probed = true;
-                }
-                seeker.try_take().await
-            };
-            tokio::pin!(attempt);
-            let attempt = loop {
-                tokio::select! {
-                    attempt = &mut attempt => break attempt,
-                    () = tokio::time::sleep(SILENT_AFTER) => {
-                        self.turn.is_unanswered(self.shown.name());
-                        self.failing.set(&self.board, &self.shown, Some(self.silence()));
-                    }
-                    () = self.shutdown.cancelled() => return None,
-                    () = self.halt.halted() => return None,
-                }
-            };
-            let delay = match attempt {
-                Ok(LeaseAttempt::Taken(lease)) => {
-                    self.turn.is_ours(self.shown.name());
-                    self.board.clear(CauseCode::LeaseHeld);
-                    self.board.clear(CauseCode::LeaseLost);
-                    self.failing.set(&self.board, &self.shown, None);
-                    return Some(lease);
-                }
-                Ok(LeaseAttempt::HeldByOther { agent, host, renewed }) => {
-                    let name = self.shown.name();
-                    self.turn.is_anothers(name);
-                    let why = format!(
-                        "repository {name}: agent {agent} on {host} holds the lease (renewed {renewed}); standing by"
-                    );
-                    self.board.raise(CauseCode::LeaseHeld, why);
-                    LEASE_POLL
-                }
-                Err(error) => {
-                    self.turn.is_unanswered(self.shown.name());
-                    self.failing.set(&self.board, &self.shown, Some(describe(&error)));
-                    backoff.next_delay()
-                }
-            };
-            tokio::select! {
-                () = tokio::time::sleep(delay) => {}
-                () = self.shutdown.cancelled() => return None,
-            }
-        }
-    }
-
-    /// Another cluster under the name is looked for before the first write: at the start the store may not have answered (I6).
-    async fn refuse_other_cluster(&self) -> Result<(), RepositoryError> {
-        let succession = self.archive.repository().succession().await?;
-        if let Some(expected) = succession.kept_by(self.system) {
-            let error = ArchiveError::OtherCluster { found: self.system, expected };
-            self.board.raise(CauseCode::OtherCluster, format!("{}; {}", error.describe(), error.hint()));
-            self.halt.stop(error);
-        }
-        Ok(())
-    }
-
-    async fn work(&mut self, lease: Lease) -> Ended {
+    /// Ships for as long as the lease is held.
+    pub(super) async fn work(&mut self, lease: Lease) -> Ended {
         let writer = RepositoryWriter::new(self.archive.clone(), lease.clone());
         let mut ships: JoinSet<Shipped> = JoinSet::new();
         let mut chores: JoinSet<Chore> = JoinSet::new();
@@ -316,14 +227,16 @@ impl Uploader {
                         in_flight.retain(|name| *name != entry.relative);
                         if entry.relative.starts_with("wal/") && let Some(segment) = segment_of(&entry, self.segment_size) {
                             let (uploader, writer) = (self.clone(), writer.clone());
-                            chores.spawn(async move {
-                                uploader.drop_pieces(&writer, segment).await;
-                                Chore::Tidied
-                            });
+                            if stand.in_pieces.remove(&segment) || self.tail_on || self.durable_in_repository {
+                                chores.spawn(async move {
+                                    uploader.drop_pieces(&writer, segment).await;
+                                    Chore::Tidied
+                                });
+                            }
                         }
                     }
                     Ok(Shipped::Piece { segment, start, end }) => {
-                        self.failing.set(&self.board, &self.shown, None);
+                        self.tell_store(Work::Pieces, None);
                         self.pace.went_well();
                         stand.courses.stored(segment, start, end);
                     }
@@ -355,6 +268,9 @@ impl Uploader {
 
     /// Looks what the repository holds, where that is not known yet.
     fn begin_chores(&self, writer: &RepositoryWriter, stand: &mut Stand, chores: &mut JoinSet<Chore>) {
+        if stand.ask_not_before.is_some_and(|at| Instant::now() < at) {
+            return;
+        }
         if !stand.joined && !stand.joining {
             stand.joining = true;
             let (uploader, writer) = (self.clone(), writer.clone());
@@ -374,11 +290,11 @@ impl Uploader {
         let since = stand.renewing.into_iter().chain(stand.covering).min();
         if since.is_some_and(|since| since.elapsed() > SILENT_AFTER) && !stand.silent {
             stand.silent = true;
-            self.failing.set(&self.board, &self.shown, Some(self.silence()));
+            self.tell_store(Work::Requests, Some(self.silence()));
         }
     }
 
-    fn silence(&self) -> String {
+    pub(super) fn silence(&self) -> String {
         format!(
             "{} has not answered for {} s; check that it is up and can be reached from here",
             self.archive.url(),
@@ -388,26 +304,40 @@ impl Uploader {
 
     fn end_chore(&self, chore: Chore, stand: &mut Stand) -> Option<Ended> {
         match chore {
-            Chore::Joined(Ok(joined)) => (stand.joined, stand.joining) = (joined, false),
+            Chore::Joined(Ok(joined)) => {
+                (stand.joined, stand.joining) = (joined, false);
+                // Where shipping begins is not known before the first connection.
+                stand.ask_not_before = (!joined).then(|| Instant::now() + ASK_PAUSE);
+                if joined && !stand.silent {
+                    self.tell_store(Work::Requests, None);
+                }
+            }
             Chore::Listed { timeline, found: Ok(found) } => {
                 found.iter().for_each(|(segment, pieces)| stand.courses.listed(*segment, pieces));
+                stand.in_pieces.extend(found.iter().map(|(segment, _)| *segment));
                 (stand.listed, stand.listing) = (Some(timeline), false);
+                if !stand.silent {
+                    self.tell_store(Work::Requests, None);
+                }
             }
             Chore::Joined(Err(error)) => {
-                stand.joining = false;
-                self.failing.set(&self.board, &self.shown, Some(describe(&error)));
+                (stand.joining, stand.ask_not_before) = (false, Some(Instant::now() + ASK_PAUSE));
+                self.tell_store(Work::Requests, Some(describe(&error)));
             }
             Chore::Listed { found: Err(error), .. } => {
-                stand.listing = false;
-                self.failing.set(&self.board, &self.shown, Some(describe(&error)));
+                (stand.listing, stand.ask_not_before) = (false, Some(Instant::now() + ASK_PAUSE));
+                self.tell_store(Work::Requests, Some(describe(&error)));
             }
             Chore::Renewed(renewed) => {
                 stand.renewing = None;
                 match renewed {
-                    Ok(()) if std::mem::take(&mut stand.silent) => self.failing.set(&self.board, &self.shown, None),
+                    Ok(()) if std::mem::take(&mut stand.silent) => self.tell_store(Work::Requests, None),
                     Ok(()) => {}
                     Err(error) if error.is_lease_lost() => return Some(Ended::LeaseLost { by: lost_to(error) }),
-                    Err(error) => self.failing.set(&self.board, &self.shown, Some(describe(&error))),
+                    Err(error) => {
+                        stand.silent = true;
+                        self.tell_store(Work::Requests, Some(describe(&error)));
+                    }
                 }
             }
             Chore::Covered(written) => {
@@ -458,8 +388,9 @@ impl Uploader {
     /// The next piece to send, if there is something new and its turn has come.
     fn next_piece(&self, stand: &mut Stand) -> Option<Box<Piece>> {
         let is_waited_for = self.durable_in_repository && self.board.is_waited_for();
-        // Commits that wait need the pieces also where the tail is off.
-        if !self.tail_on && !is_waited_for {
+        let is_urgent = is_waited_for || self.tail.is_ending();
+        // Commits that wait need the pieces also where the tail is off, and so does an agent that stops.
+        if !self.tail_on && !is_urgent {
             return None;
         }
         let in_flight = stand.courses.in_flight();
@@ -469,50 +400,46 @@ impl Uploader {
         if stand.piece_not_before.is_some_and(|at| Instant::now() < at) {
             return None;
         }
-        if !is_waited_for && stand.piece_sent.is_some_and(|sent| sent.elapsed() < self.pace.spacing()) {
+        if !is_urgent && stand.piece_sent.is_some_and(|sent| sent.elapsed() < self.pace.spacing()) {
             return None;
         }
         let settings = self.wal.borrow().clone()?;
-        // At most once around: from the segment that was whole to the one that is open.
-        for _ in 0..2 {
-            let at = self.segment_to_tail(stand)?;
+        for at in self.segments_to_tail(stand, is_urgent) {
             // A timeline's history comes first (I10), and so does the list of what is there.
             if stand.listed != Some(at.segment.timeline())
                 || self.backlog.lacks_history(self.shown.name(), at.segment.timeline())
             {
                 return None;
             }
-            stand.piece_at = Some(at.segment);
             let (from, until) = stand.courses.next(at.segment);
-            self.tail.stand(self.shown.name(), at.segment, from);
+            if at.closed_for.is_none() {
+                self.tail.stand(self.shown.name(), at.segment, from);
+            }
             match self.tail.piece(&settings, at.segment, from, until) {
                 Offer::Piece(piece) => {
                     stand.courses.sent(piece.segment, piece.start, piece.end);
                     stand.piece_sent = Some(Instant::now());
                     return Some(piece);
                 }
-                // The rest of it is on its way, or comes with the whole segment.
-                Offer::Nothing | Offer::NotACut { .. } if at.closed => stand.piece_at = Some(at.segment.next()),
-                Offer::Nothing => return None,
-                Offer::NotACut { at: offset } => {
-                    self.tail.want_cut(at.segment, offset);
-                    return None;
-                }
+                Offer::NotACut { at: offset } if at.closed_for.is_none() => self.tail.want_cut(at.segment, offset),
+                // The rest of a whole one comes with the whole.
+                Offer::Nothing | Offer::NotACut { .. } => {}
             }
         }
         None
     }
 
-    /// The segment that was whole meanwhile, if its beginning was sent in pieces, or else the open one.
-    fn segment_to_tail(&self, stand: &Stand) -> Option<TailedSegment> {
-        let segments = self.tail.segments();
-        let begun = |tailed: &&TailedSegment| {
-            !tailed.closed || stand.piece_at == Some(tailed.segment) && stand.courses.next(tailed.segment).0 > 0
-        };
-        let not_left_behind = |tailed: &&TailedSegment| {
-            stand.piece_at.is_none_or(|at| at.timeline() != tailed.segment.timeline() || at <= tailed.segment)
-        };
-        segments.iter().filter(not_left_behind).find(begun).copied()
+    /// The open segment; and before it one that became whole meanwhile, if its beginning was sent in pieces and the upload of the whole
+    /// one takes its time.
+    fn segments_to_tail(&self, stand: &Stand, is_urgent: bool) -> Vec<TailedSegment> {
+        let mut segments = self.tail.segments();
+        segments.retain(|tailed| {
+            tailed.closed_for.is_none_or(|closed_for| {
+                let (next, _) = stand.courses.next(tailed.segment);
+                next > 0 && next < self.segment_size.get() && (is_urgent || closed_for >= WHOLE_PATIENCE)
+            })
+        });
+        segments
     }
 
     /// The spool's copy is damaged: it is set aside, and the live path takes the bytes again from the server (D4).

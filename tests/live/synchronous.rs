@@ -7,11 +7,13 @@ use std::time::{Duration, Instant};
 
 use walden::wal::{Lsn, SegmentSize};
 
+use super::restore::restore;
 use super::stores::{runtime, s3_table};
-use crate::support::oracle::{cluster_folder, files_below};
+use super::streaming::archive_all;
+use crate::support::oracle::{cluster_folder, compare_stored, files_below, stored_segments};
 use crate::support::s3_double::S3Server;
 use crate::support::s3_proxy::HttpFault;
-use crate::support::{Agent, Postgres, Stage, Walden, eventually, has_cause, wait_until};
+use crate::support::{Agent, Ledger, Postgres, Stage, Walden, eventually, has_cause, ledger, wait_until};
 
 const MINUTE: Duration = Duration::from_secs(60);
 
@@ -261,5 +263,58 @@ fn remote_apply_is_told() {
         if hangs.is_finished() { Ok(()) } else { Err("it waits".into()) }
     });
     told(&mut agent, false);
+    assert!(agent.sigterm(MINUTE).success(), "{}", agent.log_tail());
+}
+
+/// Whole segments cannot be stored for a while, pieces can: commits go on over segment ends, and a host that is lost then loses none
+/// of them. Afterwards the whole segments replace their pieces.
+#[test]
+fn commits_go_on_while_no_whole_segment_can_be_stored() {
+    let faulty = on_faulty_store("pieces", "max_delay = \"1h\"");
+    let (postgres, walden) = (&faulty.postgres, &faulty.walden);
+    let mut agent = walden.run_connected();
+    let mut ledger = Ledger::create(postgres);
+    walden.ok(&["backup"]);
+    wait_for_walden(postgres, &mut agent);
+    faulty.server.faults().always("PUT", "/wal/", HttpFault::Status(503, "SlowDown"));
+    let first = postgres.flush_lsn();
+    for _ in 0..4 {
+        postgres.psql("CREATE TABLE IF NOT EXISTS bulk (n int, padding text)");
+        postgres.psql(
+            "INSERT INTO bulk SELECT n, (SELECT string_agg(md5(n::text || i), '') FROM generate_series(1, 30) i) \
+             FROM generate_series(1, 900) n",
+        );
+        ledger.commit();
+    }
+    assert!(postgres.flush_lsn() >= Lsn::new(first.get() + (3 << 20)), "three segments have ended");
+    let expected: Vec<_> = ledger.entries().to_vec();
+    agent.kill9();
+    let spool_aside = faulty.stage.join("spool.aside");
+    std::fs::rename(walden.spool(), &spool_aside).expect("renamed");
+    // The store's own files, without the store.
+    let there = faulty.stage.join("s3").join(&faulty.server.bucket).join("deep/down");
+    let elsewhere = Walden::with_config(
+        &faulty.stage,
+        &format!("[[repository]]\nname = \"files\"\ntype = \"local\"\npath = \"{}\"\n", there.display()),
+    );
+    let mut restored = restore(&elsewhere, 17, "restored", &[]);
+    ledger::assert_rows(&restored, &expected);
+    restored.stop_fast();
+    drop(restored);
+
+    std::fs::rename(&spool_aside, walden.spool()).expect("renamed");
+    faulty.server.faults().clear();
+    let mut agent = walden.run_connected();
+    archive_all(postgres, &mut agent);
+    agent.wait_status(MINUTE, "an empty queue", |status| status["queue"]["segments"] == 0);
+    let folder = cluster_folder(&there, "main", postgres);
+    compare_stored(&folder, &postgres.oracle).assert_whole(5);
+    let whole = stored_segments(&folder);
+    wait_until(MINUTE, "the pieces of whole segments to be gone", || {
+        let pieces = files_below(&folder.join("tail"));
+        let segment =
+            |path: &Path| path.parent().and_then(Path::file_name).map(|name| name.to_string_lossy().into_owned());
+        pieces.iter().all(|path| segment(path).is_none_or(|segment| !whole.contains_key(&segment)))
+    });
     assert!(agent.sigterm(MINUTE).success(), "{}", agent.log_tail());
 }

@@ -27,6 +27,7 @@ const METRICS: &[(&str, &str, &str)] = &[
     ("rpo_bytes", "gauge", ""),
     ("rpo_seconds", "gauge", ""),
     ("wal_bytes_total", "counter", "stage"),
+    ("sync_degraded_seconds_total", "counter", ""),
     ("segments_archived_total", "counter", "repository"),
     ("upload_seconds", "histogram", "repository"),
     ("upload_retries_total", "counter", "repository"),
