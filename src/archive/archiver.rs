@@ -11,6 +11,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::backlog::{Backlog, Index};
+use super::confirmed::Confirmed;
 use super::guard::SyncGuard;
 use super::held::{find_in_spool, name_finished};
 use super::hosts::OtherHosts;
@@ -122,10 +123,9 @@ impl Archiver {
         let halt = Halt::default();
         let required =
             targets.iter().filter(|target| target.required).map(|target| target.repository.name().to_owned());
-        let turn = Turn::new(required);
-        let (archived, archived_seen) = watch::channel(None);
+        let turn = Turn::new(required.clone());
+        let confirmed = Confirmed::new(required);
         let (wal, wal_seen) = watch::channel(None);
-        let archived = Arc::new(archived);
         let failing = Arc::new(Failing::default());
         let uploads_stop = CancellationToken::new();
         let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
@@ -157,7 +157,7 @@ impl Archiver {
                     halt: halt.clone(),
                     shutdown: uploads_stop.clone(),
                     missing: missing.clone(),
-                    archived: archived.clone(),
+                    confirmed: confirmed.clone(),
                     turn: turn.clone(),
                     system,
                     segment_size,
@@ -186,7 +186,7 @@ impl Archiver {
             tail: tail.clone(),
             board: board.clone(),
             wal,
-            archived: archived_seen,
+            confirmed: confirmed.subscribe(),
             turn,
             halt: halt.clone(),
             shutdown,

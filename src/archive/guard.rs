@@ -44,6 +44,13 @@ impl SyncGuard {
         Self { on_delay, max_delay, waiting, degraded: None, told: false, reported: Lsn::ZERO }
     }
 
+    /// A session begins: another server may be told now, on another timeline. How long commits have waited is not forgotten.
+    pub fn begin(&mut self, durable: Lsn) {
+        self.reported = Lsn::ZERO;
+        let since = self.waiting.front().map(|(_, since)| *since);
+        self.waiting = since.map(|since| (durable, since)).into_iter().collect();
+    }
+
     /// The position to tell. `archived` is what every required repository holds, `None` while that is not known.
     pub fn position(
         &mut self,
@@ -203,6 +210,17 @@ mod tests {
         let board = bench.board.clone();
         let told = bench.guard.position(bench.begun + SECOND * 11, Lsn::new(300), Some(Lsn::new(100)), false, &board);
         assert_eq!(told.get(), 300, "nobody waits any more, and the slot stays where it is");
+    }
+
+    #[test]
+    fn another_session_is_told_nothing_of_the_one_before() {
+        let mut bench = Bench::new(OnDelay::Wait);
+        assert_eq!(bench.at(0, 500, Some(500)), 500);
+        bench.at(1, 600, Some(500));
+        bench.guard.begin(Lsn::new(300));
+        assert_eq!(bench.at(2, 400, None), 0, "what was confirmed on another timeline");
+        assert_eq!((bench.at(11, 400, None), bench.causes()), (0, (true, false)), "they have waited since then");
+        assert_eq!((bench.at(12, 400, Some(400)), bench.causes()), (400, (false, false)));
     }
 
     #[test]

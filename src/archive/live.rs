@@ -9,6 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::assembler::{Assembler, AssemblerSettings};
 use super::backlog::Backlog;
+use super::confirmed::ConfirmedWatch;
 use super::guard::{OnDelay, SyncGuard};
 use super::held::{
     Held, HeldBytes, HeldPart, HeldRemotely, InSpool, Reach, find_in_spool, find_remotely, name_finished,
@@ -85,7 +86,7 @@ pub struct Live {
     pub tail: Arc<Tail>,
     pub board: Board,
     pub wal: watch::Sender<Option<AssemblerSettings>>,
-    pub archived: watch::Receiver<Option<Lsn>>,
+    pub confirmed: ConfirmedWatch,
     pub turn: Turn,
     pub halt: Halt,
     pub shutdown: CancellationToken,
@@ -422,6 +423,7 @@ impl Live {
         self.tail.clear();
         self.board.set_timeline(start.timeline);
         self.board.set_durable(start.held_end);
+        self.guard.begin(start.held_end);
         self.backlog.set_sealed_end(start.timeline.get(), start.sealed_until);
         let disk = DiskSide::start(
             self.spool.clone(),
@@ -449,7 +451,8 @@ impl Live {
             segment_size: self.segment_size,
             status_interval,
             board: &self.board,
-            archived: self.archived.clone(),
+            confirmed: self.confirmed.clone(),
+            timeline: start.timeline,
             missing: self.missing.subscribe(),
             recut: self.tail.subscribe_recut(),
             slot_at: self.slot_at,

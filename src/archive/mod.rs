@@ -13,6 +13,7 @@ mod archiver;
 mod assembler;
 mod backlog;
 mod chores;
+mod confirmed;
 mod course;
 mod divergence;
 mod error;

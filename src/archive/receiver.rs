@@ -9,6 +9,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::assembler::Assembler;
+use super::confirmed::ConfirmedWatch;
 use super::guard::SyncGuard;
 use super::held::HeldBytes;
 use super::sealer::{DiskSide, DiskState};
@@ -16,7 +17,7 @@ use super::turn::Turn;
 use super::{ArchiveError, Halt, LiveSettings};
 use crate::postgres::{ConnectSettings, ReplicationConnection, WalMessage, WalStream};
 use crate::telemetry::Board;
-use crate::wal::{Lsn, PAGE_SIZE, SegmentName, SegmentSize};
+use crate::wal::{Lsn, PAGE_SIZE, SegmentName, SegmentSize, TimelineId};
 
 /// Requests for an answer in a row, with nothing more to send, that tell a server which shuts down. One that runs does not ask, since
 /// it is told its status more often than it would.
@@ -48,7 +49,8 @@ pub struct Receiver<'a> {
     pub segment_size: SegmentSize,
     pub status_interval: Duration,
     pub board: &'a Board,
-    pub archived: watch::Receiver<Option<Lsn>>,
+    pub confirmed: ConfirmedWatch,
+    pub timeline: TimelineId,
     /// Changes when a held segment was lost: the stream begins again there.
     pub missing: watch::Receiver<BTreeSet<SegmentName>>,
     /// Changes when a repository can go on only if the open segment is cut elsewhere: the stream begins again.
@@ -95,7 +97,7 @@ impl Receiver<'_> {
 
     async fn receive(&mut self) -> Result<SessionEnd, ArchiveError> {
         let mut state = self.disk.state.clone();
-        let mut archived = self.archived.clone();
+        let mut confirmed = self.confirmed.clone();
         let mut missing = self.missing.clone();
         let mut recut = self.recut.clone();
         let turn = self.turn.clone();
@@ -148,12 +150,7 @@ impl Receiver<'_> {
                 changed = recut.changed() => if changed.is_ok() { return Err(ArchiveError::CutAgain) },
                 () = turn.is_lost() => return Err(ArchiveError::NotOurTurn),
                 changed = missing.changed() => if changed.is_ok() { return Err(ArchiveError::FetchAgain) },
-                changed = archived.changed(), if self.settings.durable_in_repository => {
-                    if changed.is_ok() {
-                        archived.borrow_and_update();
-                        self.send_status(false).await?;
-                    }
-                }
+                () = confirmed.changed(), if self.settings.durable_in_repository => self.send_status(false).await?,
                 filled = self.stream.fill() => {
                     filled?;
                     let ended = self.take_messages().await?;
@@ -346,7 +343,7 @@ impl Receiver<'_> {
         let is_waited_for = self.board.is_waited_for();
         let durable = self.disk.state.borrow().durable;
         let durable = if self.settings.durable_in_repository {
-            let archived = *self.archived.borrow();
+            let archived = self.confirmed.on(self.timeline);
             self.guard.position(Instant::now(), durable, archived, is_waited_for, self.board)
         } else {
             durable
@@ -375,8 +372,8 @@ impl Receiver<'_> {
             let _ = tokio::time::timeout(deadline, state.wait_for(|s| s.durable >= end || s.failed.is_some())).await;
             if self.settings.durable_in_repository && self.board.is_waited_for() {
                 // Commits that are on their way may still return.
-                let mut archived = self.archived.clone();
-                let there = archived.wait_for(|archived| archived.is_some_and(|archived| archived >= end));
+                let mut confirmed = self.confirmed.clone();
+                let there = confirmed.reaches(self.timeline, end);
                 let _ = tokio::time::timeout(self.settings.stop_timeout, there).await;
             }
         }

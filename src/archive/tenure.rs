@@ -10,7 +10,7 @@ use crate::telemetry::CauseCode;
 
 const LEASE_TTL: Duration = Duration::from_secs(30);
 const LEASE_POLL: Duration = Duration::from_secs(5);
-/// How long a stopping agent tries to give the lease back.
+/// How long a stopping agent tries to tell what is covered and to give the lease back.
 const RELEASE_LIMIT: Duration = Duration::from_secs(3);
 
 impl Uploader {
@@ -36,11 +36,11 @@ impl Uploader {
                 }
                 Ended::Shutdown | Ended::Halted => {
                     let writer = RepositoryWriter::new(self.archive.clone(), lease.clone());
-                    let told = self.put_coverage(&writer, Covered::default());
-                    if tokio::time::timeout(RELEASE_LIMIT, told).await.is_err() {
-                        tracing::debug!(repository = name, "coverage.json was not written in time");
-                    }
-                    match tokio::time::timeout(RELEASE_LIMIT, lease.release()).await {
+                    let told = async {
+                        self.put_coverage(&writer, Covered::default()).await;
+                        lease.release().await
+                    };
+                    match tokio::time::timeout(RELEASE_LIMIT, told).await {
                         Ok(Ok(())) => {}
                         Ok(Err(error)) => {
                             tracing::debug!(repository = name, %error, "the lease was not released; it runs out");

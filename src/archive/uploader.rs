@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::assembler::AssemblerSettings;
 use super::backlog::Backlog;
+use super::confirmed::Confirmed;
 use super::course::Courses;
 use super::pace::Pace;
 use super::ship::Shipped;
@@ -106,7 +107,7 @@ pub struct Uploader {
     pub shutdown: CancellationToken,
     pub missing: Missing,
     /// Lowest position that every required repository holds; for `durability = "repository"`.
-    pub archived: Arc<watch::Sender<Option<Lsn>>>,
+    pub confirmed: Confirmed,
     /// While another agent holds the lease the live path stands by as well.
     pub turn: Turn,
     pub system: SystemIdentifier,
@@ -377,9 +378,9 @@ impl Uploader {
     fn show(&self, stand: &mut Stand) {
         if let Some((timeline, sealed)) = self.whole_until().filter(|_| stand.joined) {
             stand.courses.forget_before(timeline, sealed);
-            self.shown.set_archived(stand.courses.reach(timeline, sealed, self.segment_size));
-            let lowest = self.board.archived();
-            self.archived.send_if_modified(|known| std::mem::replace(known, lowest) != lowest);
+            let reach = stand.courses.reach(timeline, sealed, self.segment_size);
+            self.shown.set_archived(reach);
+            self.confirmed.set(self.shown.name(), timeline, reach);
         }
         let (segments, bytes) = self.backlog.depth();
         self.board.set_queue(segments, bytes);
