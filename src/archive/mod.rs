@@ -12,6 +12,7 @@
 mod archiver;
 mod assembler;
 mod backlog;
+mod closing;
 mod divergence;
 mod error;
 mod gap;
