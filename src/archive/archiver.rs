@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::backlog::{Backlog, Index};
 use super::held::{find_in_spool, name_finished};
-use super::hosts::OtherHosts;
+use super::hosts::{OtherHosts, Streaming};
 use super::identity::{self, Identity};
 use super::live::{Live, LiveSettings, Way};
 use super::tail::Tail;
@@ -62,6 +62,8 @@ pub struct Archiver {
     /// Reading handles, in the order of the targets.
     pub archives: Vec<Archive>,
     pub halt: Halt,
+    /// From which host WAL comes, or came last; `None` before the first stream.
+    pub streaming: watch::Receiver<Option<Streaming>>,
     uploaders: JoinSet<()>,
     uploads_stop: CancellationToken,
     backlog: Arc<Backlog>,
@@ -167,7 +169,7 @@ impl Archiver {
             system,
             segment_size,
             board: board.clone(),
-            streaming: streaming_seen,
+            streaming: streaming_seen.clone(),
             shutdown: shutdown.clone(),
         };
         uploaders.spawn(hosts.run());
@@ -207,6 +209,7 @@ impl Archiver {
             segment_size,
             archives,
             halt,
+            streaming: streaming_seen,
             uploaders,
             uploads_stop,
             backlog,
@@ -342,7 +345,12 @@ fn segment_in(name: &SpooledName, size: SegmentSize) -> Option<SegmentName> {
 }
 
 /// Reads a spooled object whole and makes its record.
-fn examine(spool: &Spool, name: &SpooledName, length: u64, system: SystemIdentifier) -> Result<QueueEntry, SpoolError> {
+pub(super) fn examine(
+    spool: &Spool,
+    name: &SpooledName,
+    length: u64,
+    system: SystemIdentifier,
+) -> Result<QueueEntry, SpoolError> {
     let small = name.relative.ends_with(".history") || name.relative.ends_with(".json");
     let crc32 = if small {
         let path = spool.path_of(name);

@@ -31,6 +31,7 @@ mod uploader;
 
 pub use archiver::{Archiver, ArchiverSettings, Target};
 pub use error::{ArchiveError, Halt};
+pub use hosts::Streaming;
 pub use live::LiveSettings;
 pub use sealer::SpoolBounds;
 
