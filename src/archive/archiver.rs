@@ -1,6 +1,6 @@
 //! Starts the live path and the uploaders of one cluster, after everything that can be refused was looked at.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -15,6 +15,7 @@ use super::held::{find_in_spool, name_finished};
 use super::hosts::{OtherHosts, Streaming};
 use super::identity::{self, Identity};
 use super::live::{Live, LiveSettings, Way};
+use super::predecessors::Predecessors;
 use super::tail::Tail;
 use super::turn::Turn;
 use super::uploader::{Failing, Uploader};
@@ -173,6 +174,16 @@ impl Archiver {
             shutdown: shutdown.clone(),
         };
         uploaders.spawn(hosts.run());
+        let predecessors = Predecessors {
+            settings: settings.clone(),
+            system,
+            targets: targets.clone(),
+            holder: LeaseHolder { agent, host },
+            board: board.clone(),
+            shutdown: shutdown.clone(),
+            seekers: BTreeMap::new(),
+        };
+        uploaders.spawn(predecessors.run());
         let live = Live {
             settings: settings.live.clone(),
             system,

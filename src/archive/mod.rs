@@ -21,6 +21,7 @@ mod history;
 mod hosts;
 mod identity;
 mod live;
+mod predecessors;
 mod receiver;
 mod sealer;
 mod ship;
