@@ -362,9 +362,7 @@ fn what_the_spool_holds_of_a_cluster_that_was_succeeded_is_shipped() {
     assert!(checked.stdout.contains(&format!("the spool holds WAL of system {old}")), "{}", checked.stdout);
     if is_full() {
         // Somebody else seems to archive the old one: it is told, and waited for.
-        let lease = format!(
-            "{{\"format\":1,\"agent\":\"someone\",\"host\":\"elsewhere\",\"taken\":\"2026-11-21T00:00:00Z\",\"renewed\":\"2026-11-21T00:00:00Z\",\"ttl_seconds\":30}}"
-        );
+        let lease = r#"{"format":1,"agent":"someone","host":"elsewhere","taken":"2026-11-21T00:00:00Z","renewed":"2026-11-21T00:00:00Z","ttl_seconds":30}"#;
         stage.write(folder.strip_prefix(stage.path()).expect("below").join("lease.json"), lease);
         let mut agent = replaced.run();
         let status = agent.wait_status(MINUTE, "the cause unshipped", |status| has_cause(status, "unshipped"));
