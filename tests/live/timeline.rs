@@ -239,10 +239,11 @@ fn several_promotions_in_a_row_with_skipped_numbers_are_followed() {
 /// (I7, I10; A5 of the failure table).
 #[test]
 fn a_restored_copy_is_followed_and_both_branches_can_be_restored() {
-    for (major, fresh) in turns_on(&[13, 18], &[false, true]) {
+    for (major, (fresh, kind)) in turns_on(&[13, 18], &[(false, Kind::Local), (true, Kind::S3)]) {
         let stage = Stage::new("branches");
         let mut postgres = Postgres::builder(major).wal_segsize(1).start(&stage);
-        let walden = Walden::local(&stage, &postgres, "[archive]\ntail_interval = \"200ms\"\n");
+        let store = Store::start(&stage, kind);
+        let walden = store.walden(&stage, &postgres, "[archive]\ntail_interval = \"200ms\"\n");
         let mut agent = walden.run_connected();
         let mut ledger = Ledger::create(&postgres);
         ledger.commit_many(5);
@@ -281,7 +282,7 @@ fn a_restored_copy_is_followed_and_both_branches_can_be_restored() {
         agent.wait_archived(end, MINUTE);
         let status = agent.wait_status(MINUTE, "healthy", |status| status["healthy"] == true);
         assert_eq!(status["gaps"].as_array().map(Vec::len), Some(0), "{status}");
-        let old_folder = cluster_folder(&walden.repository(), "main", &copy);
+        let old_folder = cluster_folder(&store.folder, "main", &copy);
         compare_stored(&old_folder, &postgres.oracle).assert_whole(3);
 
         wait_covered(&old_folder, 2);
