@@ -1,6 +1,6 @@
 //! Starts the live path and the uploaders of one cluster, after everything that can be refused was looked at.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -14,10 +14,11 @@ use super::backlog::{Backlog, Index};
 use super::confirmed::Confirmed;
 use super::guard::SyncGuard;
 use super::held::{find_in_spool, name_finished};
-use super::hosts::OtherHosts;
+use super::hosts::{OtherHosts, Streaming};
 use super::identity::{self, Identity};
 use super::live::{Live, LiveSettings, Way};
 use super::pace::Pace;
+use super::predecessors::Predecessors;
 use super::tail::Tail;
 use super::turn::Turn;
 use super::uploader::{Failing, Uploader};
@@ -65,6 +66,8 @@ pub struct Archiver {
     /// Reading handles, in the order of the targets.
     pub archives: Vec<Archive>,
     pub halt: Halt,
+    /// From which host WAL comes, or came last; `None` before the first stream.
+    pub streaming: watch::Receiver<Option<Streaming>>,
     uploaders: JoinSet<()>,
     uploads_stop: CancellationToken,
     backlog: Arc<Backlog>,
@@ -171,10 +174,20 @@ impl Archiver {
             system,
             segment_size,
             board: board.clone(),
-            streaming: streaming_seen,
+            streaming: streaming_seen.clone(),
             shutdown: shutdown.clone(),
         };
         uploaders.spawn(hosts.run());
+        let predecessors = Predecessors {
+            settings: settings.clone(),
+            system,
+            targets: targets.clone(),
+            holder: LeaseHolder { agent, host },
+            board: board.clone(),
+            shutdown: shutdown.clone(),
+            seekers: BTreeMap::new(),
+        };
+        uploaders.spawn(predecessors.run());
         let live = Live {
             settings: settings.live.clone(),
             system,
@@ -213,6 +226,7 @@ impl Archiver {
             segment_size,
             archives,
             halt,
+            streaming: streaming_seen,
             uploaders,
             uploads_stop,
             backlog,
@@ -349,7 +363,12 @@ fn segment_in(name: &SpooledName, size: SegmentSize) -> Option<SegmentName> {
 }
 
 /// Reads a spooled object whole and makes its record.
-fn examine(spool: &Spool, name: &SpooledName, length: u64, system: SystemIdentifier) -> Result<QueueEntry, SpoolError> {
+pub(super) fn examine(
+    spool: &Spool,
+    name: &SpooledName,
+    length: u64,
+    system: SystemIdentifier,
+) -> Result<QueueEntry, SpoolError> {
     let small = name.relative.ends_with(".history") || name.relative.ends_with(".json");
     let crc32 = if small {
         let path = spool.path_of(name);

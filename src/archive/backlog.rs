@@ -149,7 +149,10 @@ impl Backlog {
     /// Where the first segment or gap starts that `repository` lacks, with its timeline. `None`: it has all.
     pub fn first_lacking(&self, repository: &str) -> Option<(u32, Lsn)> {
         self.with(|state| {
-            let lacking = state.entries.values().find(|e| !holds(e, repository) && !is_history(e));
+            // What waits of a timeline beyond the one that is archived now is of another branch.
+            let newest = state.sealed_end.map_or(u32::MAX, |(timeline, _)| timeline);
+            let mut branch = state.entries.values().take_while(|e| e.timeline <= newest);
+            let lacking = branch.find(|e| !holds(e, repository) && !is_history(e));
             lacking.map(|e| (e.timeline, Lsn::new(e.order)))
         })
     }
@@ -186,12 +189,13 @@ impl Backlog {
         self.repositories.iter().all(|r| holds(entry, r))
     }
 
-    /// Objects that every repository holds and that need not stay: all but the newest WAL, be it a segment or a timeline's last part,
-    /// and a gap right before it.
+    /// Objects that every repository holds and that need not stay: all but the newest WAL up to the timeline that is archived now, be
+    /// it a segment or a timeline's last part, and a gap right before it.
     pub fn removable(&self) -> Vec<QueueEntry> {
         self.with(|state| {
             let is_wal = |e: &&QueueEntry| !is_history(e) && !e.relative.starts_with("gaps/");
-            let newest = state.entries.values().rfind(is_wal);
+            let until = state.sealed_end.map_or(u32::MAX, |(timeline, _)| timeline);
+            let newest = state.entries.values().filter(|e| e.timeline <= until).rfind(is_wal);
             let position = newest.map(|e| (e.timeline, e.order));
             let done = state.entries.values().filter(|e| self.is_done(e));
             let stays = |e: &&QueueEntry| match gap_end(e) {

@@ -49,8 +49,8 @@ pub enum ArchiveError {
     Diverged { at: Lsn },
     #[error("the server is at {server}, behind the end of what is held, {held}")]
     Behind { server: Lsn, held: Lsn },
-    #[error("the server is on timeline {server}, and timeline {held} is held, which came after it")]
-    OlderTimeline { server: u32, held: u32 },
+    #[error("the server is on timeline {server}, and timeline {held} is held, which came after it{}", left_at(*.switch))]
+    OlderTimeline { server: u32, held: u32, switch: Option<Lsn> },
     #[error("timeline {timeline} of the server is not the one that is held: they differ from {at} on")]
     OtherHistory { timeline: u32, at: Lsn },
     #[error("the server is on timeline {server}, what is held is on timeline {held}, and they have no common history")]
@@ -63,6 +63,8 @@ pub enum ArchiveError {
     LogicalSlot { name: String },
     #[error("{url} does not honour conditional writes, so another writer could not be noticed")]
     NoConditions { url: String },
+    #[error("{why}")]
+    Unadopted { why: String },
     #[error("archiving is stopped: {why}")]
     Refused { why: String },
     #[error("cannot remove {}", path.display())]
@@ -105,6 +107,7 @@ impl ArchiveError {
             | Self::CutAgain
             | Self::NotOurTurn
             | Self::WalGone { .. }
+            | Self::Unadopted { .. }
             | Self::Jump { .. } => NextStep::Retry,
             // A standby that has not caught up is waited for.
             Self::Behind { .. } | Self::OlderTimeline { .. } | Self::NoSlot { .. } | Self::LogicalSlot { .. } => {
@@ -144,7 +147,7 @@ impl ArchiveError {
                 "nothing of it is archived: connect to the right server, or archive this one under another archive.cluster"
             }
             Self::OlderTimeline { .. } => {
-                "it is waited for, or for another host of postgres.url: a server that was left behind by a promotion must be rewound or made anew; one that was restored on purpose needs its own archive.cluster"
+                "it is waited for, or for another host of postgres.url: a server that was left behind by a promotion must be rewound or made anew; one that is to go on beside the newer timeline needs its own archive.cluster"
             }
             Self::Behind { .. } => {
                 "if it is a standby, it is waited for; if it was restored from a backup, archive it under another archive.cluster"
@@ -158,6 +161,9 @@ impl ArchiveError {
             Self::LogicalSlot { .. } => "choose another postgres.slot",
             Self::NoConditions { .. } => {
                 "if this agent is the only writer, set single_writer = true for the repository; else use another store"
+            }
+            Self::Unadopted { .. } => {
+                "it stays in the spool; see that no agent archives the old cluster any more, and that `walden adopt` was run with every repository configured"
             }
             Self::Refused { .. } => "see the cause in `walden status`; restart Walden once it is settled",
             Self::NotThere { .. } => "it is stored again; if it stays, the store loses what it confirms",
@@ -184,6 +190,10 @@ impl ArchiveError {
         }
         text
     }
+}
+
+fn left_at(switch: Option<Lsn>) -> String {
+    switch.map_or(String::new(), |switch| format!(" and left it at {switch}"))
 }
 
 /// Stops archiving for good, from wherever it was found that going on would be wrong. The first reason counts.

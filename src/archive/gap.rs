@@ -1,24 +1,28 @@
 //! WAL that is lost is told, never passed over (I3): what is held of the broken segment is kept as a piece, the gap becomes an
 //! object of its own, and archiving goes on behind it.
 
-use std::collections::BTreeSet;
 use std::time::Duration;
 
 use super::ArchiveError;
-use super::assembler::{Assembler, AssemblerSettings, Command};
-use super::held::{Held, HeldBytes, HeldPart, Reach};
+use super::assembler::AssemblerSettings;
+use super::held::{Held, Reach};
 use super::live::{Live, Way, small_entry};
 use super::start::Start;
-use crate::postgres::ReplicationConnection;
+use crate::postgres::{PostgresError, ReplicationConnection, SlotState, Sql, StartOutcome, WalMessage};
 use crate::queue::QueueEntry;
 use crate::repository::{Archive, Catalog, Gap, RepositoryError};
 use crate::seal::Compression;
-use crate::spool::{OpenSegment, Spool};
+use crate::spool::Spool;
 use crate::telemetry::{Board, CauseCode, GapFact};
 use crate::wal::{Lsn, PgTime, SegmentName, SystemIdentifier, TimelineId};
 
 /// How long a store may take to say what it holds before a gap is recorded without its word.
 const ASK_LIMIT: Duration = Duration::from_secs(15);
+
+/// How often, and how far apart, WAL is asked for again that the server has called removed.
+const SECOND_LOOKS: u32 = 4;
+const SECOND_LOOK_PAUSE: Duration = Duration::from_millis(700);
+const SECOND_LOOK_LIMIT: Duration = Duration::from_secs(2);
 
 impl Live {
     /// WAL that follows what is held is gone from the server. If a repository holds more, archiving goes on behind that; else the gap
@@ -40,11 +44,15 @@ impl Live {
             self.way = Way::Overlapping;
             return Err(ArchiveError::FetchAgain);
         }
-        if self.go_on_behind_repositories(&start).await? {
+        if !slot_lost && let Some(position) = self.comes_after_all(&start).await? {
+            tracing::warn!(%position, "the server has the WAL after all, which it had called removed a moment ago");
+            return Ok(Start { position, ..start });
+        }
+        if self.go_on_behind_repositories(connection, &start).await? {
             self.way = Way::Overlapping;
             return Err(ArchiveError::FetchAgain);
         }
-        let mut slot = self.ensure_slot(connection).await?;
+        let mut slot = self.slot_position(connection).await?;
         let useless = slot_lost || slot.is_none_or(|reserved| self.segment_size.start_of(reserved) <= start.held_end);
         if useless && !self.settings.create_slot {
             return Err(ArchiveError::NoSlot { name: self.settings.slot.clone() });
@@ -54,7 +62,7 @@ impl Live {
             let message = format!("slot \"{}\" did not keep the WAL ({why}); it is made anew", self.settings.slot);
             self.board.raise(CauseCode::SlotLost, message);
             connection.drop_slot(&self.settings.slot).await?;
-            slot = self.ensure_slot(connection).await?;
+            slot = self.slot_position(connection).await?;
         }
         let info = connection.identify_system().await?;
         // The segment with the slot's position is whole on the server.
@@ -87,10 +95,83 @@ impl Live {
         })
     }
 
+    /// Where the slot holds WAL from; made if it is not there. Before 15 only SQL tells it: without, a slot that is good may be made
+    /// anew, and the gap be larger than it had to be.
+    async fn slot_position(&self, connection: &mut ReplicationConnection) -> Result<Option<Lsn>, ArchiveError> {
+        if let Some(position) = self.ensure_slot(connection).await? {
+            return Ok(Some(position));
+        }
+        let connect = self.settings.connect.this_host(self.host);
+        let asked = Sql::slot_state(&connect, &self.settings.slot);
+        match tokio::time::timeout(ASK_LIMIT, asked).await {
+            Ok(SlotState::Exists { restart_lsn, .. }) => Ok(restart_lsn),
+            _ => Ok(None),
+        }
+    }
+
+    /// A gap is for good, and the slot that is dropped then may hold the WAL: so the server is asked again, some moments later, on a
+    /// connection of its own. One that was promoted in this moment has said "already removed" of a segment that it made right then.
+    async fn comes_after_all(&self, start: &Start) -> Result<Option<Lsn>, ArchiveError> {
+        for _ in 0..SECOND_LOOKS {
+            tokio::select! {
+                () = tokio::time::sleep(SECOND_LOOK_PAUSE) => {}
+                () = self.shutdown.cancelled() => return Err(ArchiveError::Stopping),
+            }
+            if let Some(position) = self.where_it_comes(start).await? {
+                return Ok(Some(position));
+            }
+        }
+        Ok(None)
+    }
+
+    /// From where the WAL comes that follows what is held: with the overlap, or without. `None`: it is gone.
+    pub(super) async fn where_it_comes(&self, start: &Start) -> Result<Option<Lsn>, ArchiveError> {
+        let look = async {
+            match self.comes_from(start.without_overlap, start.timeline).await {
+                Err(error) if error.is_wal_removed() => return Ok(None),
+                other => other?,
+            }
+            let with_overlap = start.position != start.without_overlap
+                && self.comes_from(start.position, start.timeline).await.is_ok();
+            Ok(Some(if with_overlap { start.position } else { start.without_overlap }))
+        };
+        tokio::select! {
+            looked = look => looked,
+            () = self.shutdown.cancelled() => Err(ArchiveError::Stopping),
+        }
+    }
+
+    /// Without a slot: nothing is confirmed, so none moves.
+    async fn comes_from(&self, position: Lsn, timeline: TimelineId) -> Result<(), PostgresError> {
+        let connection = ReplicationConnection::connect(&self.connected_host()).await?;
+        let StartOutcome::Streaming(mut stream) = connection.start_replication(None, position, timeline).await? else {
+            return Ok(());
+        };
+        let first = async {
+            loop {
+                match stream.next_message()? {
+                    Some(WalMessage::Data { .. } | WalMessage::EndOfTimeline) => return Ok(()),
+                    Some(WalMessage::Keepalive { .. }) => {}
+                    None => stream.fill().await?,
+                }
+            }
+        };
+        // One that has nothing to send yet has nothing removed either.
+        tokio::time::timeout(SECOND_LOOK_LIMIT, first).await.unwrap_or(Ok(()))
+    }
+
     /// Another agent may have archived meanwhile, or the spool is an old one: what a repository holds need not come from the server.
     /// True if one holds more; the next session goes on there. Those that hold less have a gap.
-    async fn go_on_behind_repositories(&mut self, start: &Start) -> Result<bool, ArchiveError> {
-        let asked = tokio::time::timeout(ASK_LIMIT, self.ask_repositories(Reach::Furthest)).await;
+    async fn go_on_behind_repositories(
+        &mut self,
+        connection: &mut ReplicationConnection,
+        start: &Start,
+    ) -> Result<bool, ArchiveError> {
+        // Of the server's own branch only: what another one holds is nothing to go on behind.
+        let server = connection.identify_system().await?.timeline;
+        let Some(history) = self.history(connection, server).await? else { return Ok(false) };
+        let branch = history.ancestors().iter().map(|ancestor| ancestor.timeline).chain([server]).collect();
+        let asked = tokio::time::timeout(ASK_LIMIT, self.ask_repositories(Reach::Furthest, Some(branch))).await;
         let remote = match asked {
             Ok(Ok(Some(remote))) => remote,
             Ok(Err(ArchiveError::Stopping)) => return Err(ArchiveError::Stopping),
@@ -186,50 +267,9 @@ impl Live {
         held: &Held,
         end: Lsn,
     ) -> Result<(), ArchiveError> {
-        let Some(HeldPart::Open { start, found, .. }) = held.parts.last().filter(|part| part.end() > part.start())
-        else {
-            return Ok(());
-        };
-        let (start, old_path) = (*start, found.path.clone());
-        let end = end.min(held.end);
-        if end <= start {
-            return Ok(());
-        }
-        let segment = SegmentName::holding(held.timeline, start, self.segment_size);
-        let indexer = self.indexer_at(held.timeline, start, held.open_record, &held.parts, held.max_time).await?;
-        let mut assembler =
-            Assembler::new(settings.clone(), self.spool.clone(), indexer, segment, start, BTreeSet::new())?;
-        let parts = vec![held.parts.last().expect("just seen").clone()];
-        let mut bytes = HeldBytes::read(self.spool.clone(), self.system, parts, start, end, &self.stores);
-        while let Some(chunk) = bytes.next().await? {
-            let left = usize::try_from(end.bytes_since(assembler.position())).unwrap_or(usize::MAX);
-            assembler.feed(&chunk[..chunk.len().min(left)])?;
-        }
-        assembler.end_timeline()?;
-        let mut open: Option<OpenSegment> = None;
-        for command in assembler.take_commands() {
-            match command {
-                Command::Begin { path, .. } => open = Some(OpenSegment::create(self.spool.disk(), &path)?),
-                Command::Append(bytes) => open.as_mut().expect("begun first").append(&bytes)?,
-                Command::Mark { .. } => {}
-                Command::Seal { name, frames, .. } => {
-                    let file = open.as_mut().expect("begun first");
-                    file.finish(&frames)?;
-                    self.spool.name_sealed(file.path(), &name)?;
-                    self.spool.sync_names(&name)?;
-                    self.backlog.insert(&[QueueEntry {
-                        timeline: name.timeline.get(),
-                        order: name.order,
-                        relative: name.relative,
-                        stored_size: frames.stored_size,
-                        crc32: frames.object_crc32,
-                        stored_in: Vec::new(),
-                    }]);
-                }
-            }
-        }
-        self.spool.remove_open(&old_path)?;
-        Ok(())
+        let Some(closed) = self.held_wal().close(settings, held, end).await? else { return Ok(()) };
+        self.backlog.insert(&[closed.entry]);
+        Ok(self.spool.remove_open(&closed.open)?)
     }
 }
 

@@ -82,8 +82,19 @@ pub struct InSpool {
     pub useless: Vec<PathBuf>,
 }
 
-/// Looks at the spool's names, headers and marks. Finished segments without a name count as useless here: `name_finished` comes first.
+/// Looks at the spool's names, headers and marks, for its newest timeline. Finished segments without a name count as useless here:
+/// `name_finished` comes first.
 pub fn find_in_spool(spool: &Spool, system: SystemIdentifier, size: SegmentSize) -> Result<InSpool, ArchiveError> {
+    find_in_spool_on(spool, system, size, None)
+}
+
+/// The same for one timeline.
+pub fn find_in_spool_on(
+    spool: &Spool,
+    system: SystemIdentifier,
+    size: SegmentSize,
+    only: Option<TimelineId>,
+) -> Result<InSpool, ArchiveError> {
     let contents = spool.contents(size)?;
     for path in &contents.foreign {
         tracing::warn!(path = %path.display(), "foreign file in the spool: left alone");
@@ -100,7 +111,7 @@ pub fn find_in_spool(spool: &Spool, system: SystemIdentifier, size: SegmentSize)
         .collect();
     let newest_sealed = sealed.iter().map(|name| name.timeline).max();
     let newest_open = usable.iter().map(|(segment, _)| segment.timeline()).max();
-    let Some(timeline) = newest_sealed.max(newest_open) else {
+    let Some(timeline) = only.or(newest_sealed.max(newest_open)) else {
         return Ok(InSpool { held: None, useless });
     };
     let mut held: Option<Held> = None;
@@ -224,16 +235,18 @@ pub struct HeldRemotely {
     pub in_repositories: Vec<String>,
 }
 
-/// Asks every repository. `None`: none holds WAL. A required one must answer, others are passed over if they do not.
+/// Asks every repository, for the newest timeline that it holds WAL of, or the newest of those in `only`. `None`: none holds WAL. A
+/// required one must answer, others are passed over if they do not.
 pub async fn find_remotely(
     archives: &[(Archive, bool)],
     size: SegmentSize,
     reach: Reach,
+    only: Option<&[TimelineId]>,
 ) -> Result<Option<HeldRemotely>, ArchiveError> {
     let mut found: Vec<(String, Held)> = Vec::new();
     for (archive, required) in archives {
         let name = archive.repository().name();
-        match find_in_repository(archive, size).await {
+        match find_in_repository(archive, size, only).await {
             Ok(Some(held)) => found.push((name.into(), held)),
             Ok(None) => {}
             Err(error) if *required => return Err(error),
@@ -252,11 +265,16 @@ pub async fn find_remotely(
 }
 
 /// Finds what one repository holds. `None`: nothing.
-async fn find_in_repository(archive: &Archive, size: SegmentSize) -> Result<Option<Held>, ArchiveError> {
+async fn find_in_repository(
+    archive: &Archive,
+    size: SegmentSize,
+    only: Option<&[TimelineId]>,
+) -> Result<Option<Held>, ArchiveError> {
     let mut newest: Option<TimelineId> = None;
     for prefix in [archive.keys().wal_prefix(), archive.keys().tail_prefix()] {
         for folder in archive.list_folders(&prefix).await? {
-            newest = newest.max(TimelineId::from_hex(folder.trim_end_matches('/')).ok());
+            let timeline = TimelineId::from_hex(folder.trim_end_matches('/')).ok();
+            newest = newest.max(timeline.filter(|timeline| only.is_none_or(|only| only.contains(timeline))));
         }
     }
     let Some(timeline) = newest else { return Ok(None) };

@@ -45,6 +45,40 @@ impl Live {
         Ok(())
     }
 
+    /// The same for a timeline of the server and all before it, storing nothing.
+    pub(super) async fn refuse_other_chain(
+        &self,
+        connection: &mut ReplicationConnection,
+        last: TimelineId,
+    ) -> Result<(), ArchiveError> {
+        let Some(chain) = self.history(connection, last).await? else { return Ok(()) };
+        let mut answering: Vec<Archive> = self.archives.iter().map(|(archive, _)| archive.clone()).collect();
+        for timeline in timelines_of(&chain) {
+            if let Some(content) = connection.timeline_history(timeline).await? {
+                self.refuse_other_history(timeline, &content, &mut answering).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// How a timeline that is held came to be, by the spool's copy of its history file or a repository's. `None`: nobody tells.
+    pub(super) async fn stored_history(&self, timeline: TimelineId) -> Option<TimelineHistory> {
+        let parse = |content: &[u8]| TimelineHistory::parse(timeline, content).ok();
+        if let Ok(content) = std::fs::read(self.spool.path_of(&Spool::history(timeline))) {
+            return parse(&content);
+        }
+        for (archive, _) in &self.archives {
+            let asked = archive.clone();
+            let asked = self.stores.spawn(async move { asked.history(timeline).await });
+            match tokio::time::timeout(ASK_LIMIT, asked).await {
+                Ok(Ok(Ok(Some(content)))) => return parse(&content),
+                Ok(Ok(Ok(None))) => {}
+                _ => tracing::debug!(%timeline, "the stored history file is not known"),
+            }
+        }
+        None
+    }
+
     pub(super) async fn history(
         &self,
         connection: &mut ReplicationConnection,
@@ -66,8 +100,7 @@ impl Live {
     ) -> Result<(), ArchiveError> {
         let Some(chain) = self.history(connection, last).await? else { return Ok(()) };
         let mut answering: Vec<Archive> = self.archives.iter().map(|(archive, _)| archive.clone()).collect();
-        let timelines = chain.ancestors().iter().map(|ancestor| ancestor.timeline).chain([last]);
-        for timeline in timelines.filter(|timeline| *timeline != TimelineId::FIRST && *timeline <= last) {
+        for timeline in timelines_of(&chain) {
             if self.histories_spooled.contains(&timeline) {
                 continue;
             }
@@ -84,6 +117,12 @@ impl Live {
         }
         Ok(())
     }
+}
+
+/// Those with a history file, oldest first.
+fn timelines_of(chain: &TimelineHistory) -> Vec<TimelineId> {
+    let timelines = chain.ancestors().iter().map(|ancestor| ancestor.timeline).chain([chain.timeline()]);
+    timelines.filter(|timeline| *timeline != TimelineId::FIRST).collect()
 }
 
 /// The first position that two histories of one timeline give to different timelines; where both end alike, the last switch.

@@ -11,8 +11,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::ArchiveError;
 use super::live::LiveSettings;
-use crate::postgres::{CreateOutcome, PostgresError, ReplicationConnection, SlotState, StartOutcome};
-use crate::telemetry::Board;
+use crate::postgres::{CreateOutcome, PostgresError, ReplicationConnection, SlotState, Sql, StartOutcome};
+use crate::telemetry::{Board, CauseCode};
 use crate::wal::{Lsn, SegmentSize, SystemIdentifier, TimelineId};
 
 /// How often the other hosts are looked at.
@@ -42,6 +42,11 @@ pub struct OtherHosts {
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Standing {
     Kept,
+    /// The slot holds WAL from here on only, which is behind the end of what is durable.
+    From {
+        slot: Lsn,
+        needed: Lsn,
+    },
     /// On another timeline than the stream's: left behind by a promotion, or not there yet.
     Elsewhere(TimelineId),
     Not(String),
@@ -73,6 +78,10 @@ impl OtherHosts {
                 tell(&hosts[host], &self.settings.slot, standings.get(&host), &standing);
                 standings.insert(host, standing);
             }
+            if let Some(streaming) = streaming {
+                standings.remove(&streaming.host);
+                self.tell_gaps(&hosts, &standings);
+            }
             tokio::select! {
                 () = tokio::time::sleep(INTERVAL) => {}
                 changed = self.streaming.changed() => if changed.is_err() { return },
@@ -94,8 +103,12 @@ impl OtherHosts {
             return Err(ArchiveError::OtherCluster { found: info.system_identifier, expected: self.system });
         }
         let mut known = positions.get(&host).copied();
-        match connection.read_slot(slot).await? {
-            SlotState::Exists { restart_lsn, .. } => known = restart_lsn.max(known),
+        let state = match connection.read_slot(slot).await? {
+            SlotState::Unknown => Sql::slot_state(&self.settings.connect.this_host(host), slot).await,
+            state => state,
+        };
+        match state {
+            SlotState::Exists { restart_lsn, .. } => known = restart_lsn.or(known),
             SlotState::NotPhysical => return Err(ArchiveError::LogicalSlot { name: slot.into() }),
             SlotState::Missing | SlotState::Unknown if self.settings.create_slot => {
                 if connection.create_physical_slot(slot).await? == CreateOutcome::Created {
@@ -109,6 +122,9 @@ impl OtherHosts {
             return Ok(Standing::Elsewhere(info.timeline));
         }
         let Some(position) = self.position(info.flush_lsn) else { return Ok(Standing::Kept) };
+        if let Some(slot) = known.filter(|known| self.segment_size.start_of(*known) > position) {
+            return Ok(Standing::From { slot, needed: position });
+        }
         if known.is_none_or(|known| known < position) {
             match advance(connection, slot, position, streaming.timeline).await {
                 Ok(()) => positions.insert(host, position),
@@ -126,11 +142,35 @@ impl OtherHosts {
         Ok(Standing::Kept)
     }
 
+    /// The cause stands while a failover to one of the hosts would leave a gap.
+    fn tell_gaps(&self, hosts: &[String], standings: &BTreeMap<usize, Standing>) {
+        let why =
+            standings.iter().filter_map(|(host, standing)| Some(format!("{}: {}", hosts[*host], standing.gap()?)));
+        let why: Vec<String> = why.collect();
+        if why.is_empty() {
+            return self.board.clear(CauseCode::FailoverGap);
+        }
+        let message = format!("a failover to another host of postgres.url may leave a gap; {}", why.join("; "));
+        self.board.raise(CauseCode::FailoverGap, message);
+    }
+
     /// The start of the segment that must stay: of the one that would be compared at the next connection.
     fn position(&self, flush: Lsn) -> Option<Lsn> {
         let durable = if self.settings.durable_in_repository { self.board.archived() } else { self.board.durable() };
         let last = durable?.min(flush).get().checked_sub(1)?;
         Some(self.segment_size.start_of(Lsn::new(last))).filter(|position| !position.is_zero())
+    }
+}
+
+impl Standing {
+    fn gap(&self) -> Option<String> {
+        match self {
+            Self::Kept | Self::Elsewhere(_) => None,
+            Self::From { slot, needed } => {
+                Some(format!("its slot holds WAL from {slot} on, and {needed} is where the agent would go on"))
+            }
+            Self::Not(why) => Some(format!("no slot can be kept there: {why}")),
+        }
     }
 }
 
@@ -162,8 +202,7 @@ fn tell(host: &str, slot: &str, before: Option<&Standing>, now: &Standing) {
         Standing::Elsewhere(timeline) => {
             tracing::warn!(host, slot, %timeline, "this host is on another timeline: its slot is left where it is");
         }
-        Standing::Not(why) => {
-            tracing::warn!(host, slot, "no slot can be kept on this host, so a failover to it may leave a gap: {why}");
-        }
+        // The cause tells it, at warning level.
+        Standing::From { .. } | Standing::Not(_) => {}
     }
 }

@@ -255,7 +255,7 @@ impl Live {
     async fn held(&mut self) -> Result<Option<Held>, ArchiveError> {
         let spooled = self.held_now_tidied()?;
         if spooled.is_none() {
-            self.held_remotely = self.ask_repositories(Reach::Least).await?.map(|remote| remote.held);
+            self.held_remotely = self.ask_repositories(Reach::Least, None).await?.map(|remote| remote.held);
         }
         let end = |held: &Held| (held.timeline, held.end);
         Ok(match (spooled, &self.held_remotely) {
@@ -287,9 +287,13 @@ impl Live {
     }
 
     /// What the repositories hold, asked on the runtime of their clients.
-    pub(super) async fn ask_repositories(&self, reach: Reach) -> Result<Option<HeldRemotely>, ArchiveError> {
+    pub(super) async fn ask_repositories(
+        &self,
+        reach: Reach,
+        only: Option<Vec<TimelineId>>,
+    ) -> Result<Option<HeldRemotely>, ArchiveError> {
         let (archives, size) = (self.archives.clone(), self.segment_size);
-        let asked = self.stores.spawn(async move { find_remotely(&archives, size, reach).await });
+        let asked = self.stores.spawn(async move { find_remotely(&archives, size, reach, only.as_deref()).await });
         let found = tokio::select! {
             asked = asked => asked.map_err(|panic| ArchiveError::Internal { why: panic.to_string() })?,
             () = self.shutdown.cancelled() => return Err(ArchiveError::Stopping),

@@ -13,9 +13,9 @@ use crate::failure::NextStep;
 use crate::queue::QueueEntry;
 use crate::repository::{Gap, RepositoryError, RepositoryWriter, SealedObject, Stored};
 use crate::seal::Compression;
-use crate::spool::parse_relative;
+use crate::spool::{Spool, parse_relative};
 use crate::storage::{Backoff, Body, StorageError};
-use crate::wal::{SegmentName, TimelineId};
+use crate::wal::{SegmentName, SegmentSize, TimelineId};
 
 /// Stored bytes of a piece that are held in memory while it is sent.
 const IN_MEMORY_MAX: u64 = 1 << 20;
@@ -171,34 +171,44 @@ impl Uploader {
 
     /// Puts one spooled object and reads back that it is there.
     async fn put(&self, writer: &RepositoryWriter, entry: &QueueEntry) -> Result<(), ArchiveError> {
-        let path = self.spool.folder().join(&entry.relative);
-        let unknown = || ArchiveError::Internal { why: format!("{} is no spooled object", entry.relative) };
-        if let Some(timeline) = entry.relative.strip_prefix("wal/").and_then(|name| name.strip_suffix(".history")) {
-            let timeline = TimelineId::from_hex(timeline)?;
-            let stored = writer.put_history(timeline, &read_small(&path).await?).await?;
-            return self.prove(writer, &stored).await;
-        }
-        if entry.relative.starts_with("gaps/") {
-            let gap = Gap::parse(&read_small(&path).await?).map_err(|_| unknown())?;
-            return Ok(writer.put_gap(&gap).await.map(|_| ())?);
-        }
-        let name = parse_relative(&entry.relative, self.segment_size);
-        let segment = segment_of(entry, self.segment_size).filter(|_| name.is_some()).ok_or_else(unknown)?;
-        let suffix = entry.relative.rsplit_once('.').map_or("", |(_, suffix)| suffix);
-        let compression = Compression::from_suffix(suffix).ok_or_else(unknown)?;
-        let size = entry.stored_size;
-        let body = Body::SealedFile { path, length: size };
-        let object = SealedObject { body, size, crc32: entry.crc32, compression };
-        let stored = match piece_end(&entry.relative).filter(|_| entry.relative.starts_with("tail/")) {
-            Some(end) => writer.put_piece(segment, 0, end, &object).await?,
-            None => writer.put_segment(segment, &object).await?,
-        };
-        self.prove(writer, &stored).await
+        put_spooled(&self.spool, self.segment_size, writer, entry).await
     }
+}
 
-    async fn prove(&self, writer: &RepositoryWriter, stored: &Stored) -> Result<(), ArchiveError> {
-        if writer.read_back(stored).await? { Ok(()) } else { Err(ArchiveError::NotThere { key: stored.key.clone() }) }
+/// Puts one spooled object and reads back that it is there.
+pub(super) async fn put_spooled(
+    spool: &Spool,
+    segment_size: SegmentSize,
+    writer: &RepositoryWriter,
+    entry: &QueueEntry,
+) -> Result<(), ArchiveError> {
+    let path = spool.folder().join(&entry.relative);
+    let unknown = || ArchiveError::Internal { why: format!("{} is no spooled object", entry.relative) };
+    if let Some(timeline) = entry.relative.strip_prefix("wal/").and_then(|name| name.strip_suffix(".history")) {
+        let timeline = TimelineId::from_hex(timeline)?;
+        let stored = writer.put_history(timeline, &read_small(&path).await?).await?;
+        return prove(writer, &stored).await;
     }
+    if entry.relative.starts_with("gaps/") {
+        let gap = Gap::parse(&read_small(&path).await?).map_err(|_| unknown())?;
+        return Ok(writer.put_gap(&gap).await.map(|_| ())?);
+    }
+    let name = parse_relative(&entry.relative, segment_size);
+    let segment = segment_of(entry, segment_size).filter(|_| name.is_some()).ok_or_else(unknown)?;
+    let suffix = entry.relative.rsplit_once('.').map_or("", |(_, suffix)| suffix);
+    let compression = Compression::from_suffix(suffix).ok_or_else(unknown)?;
+    let size = entry.stored_size;
+    let body = Body::SealedFile { path, length: size };
+    let object = SealedObject { body, size, crc32: entry.crc32, compression };
+    let stored = match piece_end(&entry.relative).filter(|_| entry.relative.starts_with("tail/")) {
+        Some(end) => writer.put_piece(segment, 0, end, &object).await?,
+        None => writer.put_segment(segment, &object).await?,
+    };
+    prove(writer, &stored).await
+}
+
+async fn prove(writer: &RepositoryWriter, stored: &Stored) -> Result<(), ArchiveError> {
+    if writer.read_back(stored).await? { Ok(()) } else { Err(ArchiveError::NotThere { key: stored.key.clone() }) }
 }
 
 /// The piece's bytes at hand, so that the file may be renamed meanwhile. A large one is read where it lies, as it is sent.

@@ -2,12 +2,15 @@
 
 use super::ArchiveError;
 use super::assembler::AssemblerSettings;
-use super::held::{Held, HeldBytes, HeldPart};
+use super::held::{Held, HeldPart, Reach, find_in_spool_on};
 use super::live::{Live, Way};
 use crate::postgres::{ReplicationConnection, SystemInfo};
 use crate::spool::Spool;
 use crate::telemetry::CauseCode;
-use crate::wal::{Indexer, IndexerStart, Lsn, PAGE_SIZE, PgTime, SegmentName, TimelineId};
+use crate::wal::{Indexer, Lsn, PgTime, SegmentName, TimelineId};
+
+/// Why there is a gap, where the server did not say it in its own words.
+const WAL_REMOVED: &str = "the server has already removed the WAL that was asked for";
 
 /// Where to begin, and with what.
 pub(super) struct Start {
@@ -57,10 +60,13 @@ impl Live {
         mut held: Held,
         settings: &AssemblerSettings,
     ) -> Result<Start, ArchiveError> {
-        let other_branch = || ArchiveError::OtherBranch { server: info.timeline.get(), held: held.timeline.get() };
-        if info.timeline < held.timeline {
-            let (server, held) = (info.timeline.get(), held.timeline.get());
-            return Err(ArchiveError::OlderTimeline { server, held });
+        let (server, newest) = (info.timeline.get(), held.timeline.get());
+        let other_branch = || ArchiveError::OtherBranch { server, held: newest };
+        if let Some(own) = self.held_beside(connection, info.timeline, &held).await? {
+            tracing::warn!(newest = %held.timeline, server = %info.timeline, "the newest timeline that is held is of another branch: going on with the server's own");
+            // What is held of the other branch stays, and is shipped.
+            self.seal_partial(settings, &held, held.end).await?;
+            held = own;
         }
         if info.timeline == held.timeline {
             // A part that was closed by a switch is not gone on with by the server that was left behind; one that was closed because
@@ -87,6 +93,7 @@ impl Live {
             let (ancestor, switch) = common.ok_or_else(other_branch)?;
             let next = history.timeline_at(switch);
             tracing::warn!(held = %held.timeline, from = %ancestor, to = %next, at = %switch, "the server is on another branch");
+            self.seal_partial(settings, &held, held.end).await?;
             return Ok(self.start_on_branch(ancestor, switch, next).await);
         };
         if held.end < switch {
@@ -119,6 +126,39 @@ impl Live {
             max_time: held.max_time,
             open_record: held.open_record.filter(|record| *record < position),
         })
+    }
+
+    /// What is held of the server's own timeline, where the newest timeline that is held is none of its ancestors: a copy that was
+    /// restored and promoted elsewhere may have archived under another number. `None`: what is held newest is on the server's branch,
+    /// or nothing is held of its own timeline yet.
+    async fn held_beside(
+        &self,
+        connection: &mut ReplicationConnection,
+        server: TimelineId,
+        newest: &Held,
+    ) -> Result<Option<Held>, ArchiveError> {
+        if server == newest.timeline {
+            return Ok(None);
+        }
+        if server < newest.timeline {
+            let older =
+                |switch| ArchiveError::OlderTimeline { server: server.get(), held: newest.timeline.get(), switch };
+            // A number that was given twice is no older timeline, but another one.
+            self.refuse_other_chain(connection, server).await?;
+            // As long as nobody can tell how the newest came to be, the server may be the one that was left behind.
+            let theirs = self.stored_history(newest.timeline).await.ok_or_else(|| older(None))?;
+            if let Some((_, switch)) = theirs.range_of(server) {
+                return Err(older(switch));
+            }
+        }
+        let Some(history) = self.history(connection, server).await? else { return Ok(None) };
+        if history.range_of(newest.timeline).is_some() {
+            return Ok(None);
+        }
+        let spooled = find_in_spool_on(&self.spool, self.system, self.segment_size, Some(server))?.held;
+        let asked = self.ask_repositories(Reach::Least, Some(vec![server])).await?.map(|remote| remote.held);
+        let known = self.held_remotely.clone().filter(|held| held.timeline == server);
+        Ok([spooled, asked, known].into_iter().flatten().max_by_key(|held| held.end))
     }
 
     /// At the segment with the switch, on the timeline that begins there. The bytes before the switch are compared where they are
@@ -194,7 +234,12 @@ impl Live {
             Way::Overlapping => Ok(start),
             // Going on directly behind what is held is possible, but nothing proves that it is the same history.
             Way::WithoutOverlap => {
-                let at = start.without_overlap;
+                let at = match self.where_it_comes(&start).await? {
+                    // What was said to be gone is there: see `comes_after_all`.
+                    Some(position) if position == start.position => return Ok(start),
+                    Some(position) => position,
+                    None => return self.start_behind_gap(connection, start, settings, WAL_REMOVED, false).await,
+                };
                 if start.held_end == at {
                     let message = format!(
                         "the server no longer has the WAL before {at}, so what is held could not be compared with it"
@@ -210,7 +255,6 @@ impl Live {
         }
     }
 
-    /// An indexer that stands at `position`, and has seen the record that reaches over it from its beginning, if that is at hand.
     pub(super) async fn indexer_at(
         &self,
         timeline: TimelineId,
@@ -219,33 +263,6 @@ impl Live {
         parts: &[HeldPart],
         branch_max_time: Option<PgTime>,
     ) -> Result<Indexer, ArchiveError> {
-        let begin = |position| {
-            Indexer::new(IndexerStart {
-                timeline,
-                position,
-                segment_size: self.segment_size,
-                system_identifier: Some(self.system),
-                branch_max_time,
-            })
-        };
-        let first =
-            open_record.and_then(|record| parts.iter().position(|part| part.start() <= record && record < part.end()));
-        let (Some(record), Some(first)) = (open_record, first) else { return Ok(begin(position)) };
-        let page = Lsn::new(record.get() & !(PAGE_SIZE as u64 - 1)).max(parts[first].start());
-        let mut indexer = begin(page);
-        let mut at = parts[first].start();
-        let parts = parts[first..].to_vec();
-        let mut bytes = HeldBytes::read(self.spool.clone(), self.system, parts, at, position, &self.stores);
-        while at < position
-            && let Some(chunk) = bytes.next().await?
-        {
-            let skip = usize::try_from(page.bytes_since(at)).unwrap_or(usize::MAX).min(chunk.len());
-            let end = usize::try_from(position.bytes_since(at)).unwrap_or(usize::MAX).min(chunk.len());
-            if skip < end {
-                indexer.feed(&chunk[skip..end])?;
-            }
-            at = Lsn::new(at.get() + chunk.len() as u64); // usize fits
-        }
-        if indexer.position() == position { Ok(indexer) } else { Ok(begin(position)) }
+        self.held_wal().indexer_at(timeline, position, open_record, parts, branch_max_time).await
     }
 }

@@ -257,7 +257,7 @@ pub struct TargetArgs {
     /// Stop just before the target instead of just after it
     #[arg(long)]
     pub exclusive: bool,
-    /// Follow this timeline, decimal [default: the newest]
+    /// Follow this timeline, decimal [default: the newest on the branch that is archived now]
     #[arg(long, value_name = "N", value_parser = parse_timeline)]
     pub timeline: Option<TimelineId>,
     /// Start from this backup of `walden list` [default: the last one that serves]

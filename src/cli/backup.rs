@@ -7,18 +7,21 @@ use tokio_util::sync::CancellationToken;
 use super::args::BackupArgs;
 use super::error::CliError;
 use super::output::{Output, size};
-use super::{exit, run::watch_stop};
+use super::{exit, http, run::watch_stop};
 use crate::archive::{ArchiveError, Archiver};
 use crate::base_backup::{self, Progress, Stage};
 use crate::config::Settings;
 use crate::daemon::{self, backups};
-use crate::postgres::ReplicationConnection;
+use crate::postgres::{ConnectSettings, PostgresError, ReplicationConnection};
 use crate::repository::BackupJson;
 use crate::spool::SpoolError;
-use crate::telemetry::{Board, CauseCode};
+use crate::telemetry::{Board, CauseCode, StatusJson};
+use crate::wal::TimelineId;
 
 /// How often it is looked whether the WAL can come at all.
 const CAUSE_POLL: std::time::Duration = std::time::Duration::from_millis(200);
+/// An agent that has an answer gives it at once.
+const AGENT_PATIENCE: std::time::Duration = std::time::Duration::from_secs(3);
 
 pub fn run(settings: &Settings, output: &Output, args: &BackupArgs) -> Result<u8, CliError> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
@@ -100,7 +103,6 @@ async fn take(
     };
     let archives: Vec<_> = targets.iter().map(|target| target.repository.bind(info.system_identifier)).collect();
     let wal = backups::StoredWal { archives: archives.clone(), segment_size };
-    let request = backups::request(settings, &settings.backup, connect, archives, args.label.clone(), &board);
     let bar = output.progress(None, "base backup");
     let shown = bar.clone();
     let progress = move |progress: Progress| {
@@ -113,7 +115,11 @@ async fn take(
             Stage::Wal => "waiting for the WAL",
         });
     };
-    let backup = base_backup::take(request, &wal, Arc::new(progress), shutdown.child_token());
+    let backup = async {
+        let connect = whose_wal_comes(settings, connect, archiver.as_ref()).await;
+        let request = backups::request(settings, &settings.backup, connect, archives, args.label.clone(), &board);
+        base_backup::take(request, &wal, Arc::new(progress), shutdown.child_token()).await
+    };
     let taken = match &archiver {
         None => backup.await,
         Some(archiver) => tokio::select! {
@@ -140,6 +146,41 @@ async fn take(
         Some(why) => by_cause(&format!("{}: {why}", backups::describe(&error))),
         None => CliError::new(exit::FAILED, backups::describe(&error), error.hint()),
     })
+}
+
+/// Of several hosts one whose WAL is archived: that of another timeline would never come. Where it cannot be told, the first that is
+/// what `target_session_attrs` asks for.
+async fn whose_wal_comes(
+    settings: &Settings,
+    connect: ConnectSettings,
+    archiver: Option<&Archiver>,
+) -> ConnectSettings {
+    let count = connect.targets().len();
+    if count < 2 {
+        return connect;
+    }
+    if let Some(archiver) = archiver {
+        let mut streaming = archiver.streaming.clone();
+        let known = tokio::time::timeout(settings.backup.wal_timeout, streaming.wait_for(Option::is_some)).await;
+        let host = known.ok().and_then(|known| known.ok().and_then(|streaming| *streaming)).map(|known| known.host);
+        return host.map_or(connect.clone(), |host| connect.this_host(host));
+    }
+    let Some(archived) = timeline_of_the_agent(settings).await else { return connect };
+    let ask = async |host: usize| -> Result<TimelineId, PostgresError> {
+        let mut connection = ReplicationConnection::connect_to_any(&connect, host).await?;
+        Ok(connection.identify_system().await?.timeline)
+    };
+    for host in 0..count {
+        if ask(host).await.is_ok_and(|timeline| timeline == archived) {
+            return connect.this_host(host);
+        }
+    }
+    connect
+}
+
+async fn timeline_of_the_agent(settings: &Settings) -> Option<TimelineId> {
+    let body = http::get(settings.metrics.listen.as_deref()?, "/status", AGENT_PATIENCE).await.ok()?;
+    serde_json::from_str::<StatusJson>(&body).ok()?.timeline
 }
 
 /// A cause's message has what to do behind its first semicolon.

@@ -57,10 +57,10 @@ async fn look(repositories: &[Repository], system: Option<SystemIdentifier>) -> 
 }
 
 impl Found {
-    /// Until when the newest timeline is complete, where a window reaches it.
+    /// Until when the timeline that is archived now is complete, where a window reaches it.
     fn complete_until(&self) -> Option<PgTime> {
-        let newest = self.catalog.newest_timeline()?;
-        self.windows.iter().rev().find(|window| window.timeline == newest)?.to_time
+        let current = self.catalog.current_timeline()?;
+        self.windows.iter().rev().find(|window| window.timeline == current)?.to_time
     }
 
     fn json(&self) -> Value {

@@ -154,6 +154,10 @@ pub fn plan_lines(plan: &Plan) -> Vec<String> {
         ),
         format!("WAL: {}, {}", count(plan.wal.segment_count(plan.segment_size), "segment"), size(plan.wal.bytes())),
     ];
+    if !plan.beside.is_empty() {
+        let others: Vec<String> = plan.beside.iter().map(ToString::to_string).collect();
+        lines.push(format!("another branch is archived as well: --timeline {} restores along it", others.join(" or ")));
+    }
     if plan.last_kept.is_some() || plan.first_left_out.is_some() {
         lines.push(format!("last commit or abort kept: {}", mark(plan.last_kept)));
         lines.push(format!("first left out: {}", mark(plan.first_left_out)));

@@ -7,6 +7,7 @@ use async_trait::async_trait;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use crate::archive::Streaming;
 use crate::base_backup::{self, BackupError, BackupRequest, Progress, WalWaiter};
 use crate::config::{BackupSettings, Checkpoint, Settings};
 use crate::postgres::ConnectSettings;
@@ -84,6 +85,8 @@ pub struct Backups {
     pub settings: Settings,
     pub backup: watch::Receiver<BackupSettings>,
     pub connect: ConnectSettings,
+    /// The host that WAL comes from: a backup is taken from the same.
+    pub streaming: watch::Receiver<Option<Streaming>>,
     pub archives: Vec<Archive>,
     pub segment_size: SegmentSize,
     pub board: Board,
@@ -144,7 +147,9 @@ impl Backups {
     async fn take(&self, backup: &BackupSettings) -> Result<BackupJson, BackupError> {
         self.board.backup_started();
         let wal = StoredWal { archives: self.archives.clone(), segment_size: self.segment_size };
-        let request = request(&self.settings, backup, self.connect.clone(), self.archives.clone(), None, &self.board);
+        let streamed = *self.streaming.borrow();
+        let connect = streamed.map_or(self.connect.clone(), |streaming| self.connect.this_host(streaming.host));
+        let request = request(&self.settings, backup, connect, self.archives.clone(), None, &self.board);
         let gap_before = self.board.is_raised(CauseCode::Gap);
         let unproven_before = self.board.is_raised(CauseCode::ContinuityUnproven);
         tracing::info!(event = "backup_begun", "base backup begins");
@@ -217,8 +222,8 @@ impl Backups {
             Some(what) => self.board.raise(CauseCode::PagesDamaged, format!("{what}; {PAGES_HINT}")),
             None => self.board.clear(CauseCode::PagesDamaged),
         }
-        // The window that reaches the present is the one that ends last on the newest timeline.
-        let newest = catalog.newest_timeline();
+        // The window that reaches the present is the one that ends last on the timeline that is archived now.
+        let newest = self.board.course().0.or(catalog.current_timeline());
         let windows = catalog.windows();
         let present =
             windows.iter().filter(|window| Some(window.timeline) == newest).max_by_key(|window| window.to_lsn);

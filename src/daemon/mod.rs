@@ -189,6 +189,7 @@ async fn archive(
             settings: settings.clone(),
             backup,
             connect: connect.clone(),
+            streaming: archiver.streaming.clone(),
             archives: archiver.archives.clone(),
             segment_size: archiver.segment_size,
             board: board.clone(),
@@ -196,7 +197,8 @@ async fn archive(
         }
         .run(),
     );
-    tasks.spawn(observe::observe(connect, settings.clone(), board.clone(), shutdown.clone()));
+    let streaming = archiver.streaming.clone();
+    tasks.spawn(observe::observe(connect, streaming, settings.clone(), board.clone(), shutdown.clone()));
     shutdown.cancelled().await;
     tracing::info!(event = "stopping", "stopping: shipping what is there");
     archiver.stopped().await;

@@ -2,8 +2,10 @@
 
 use std::time::Duration;
 
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use crate::archive::Streaming;
 use crate::config::{Durability, Settings};
 use crate::failure::NextStep;
 use crate::postgres::{ConnectSettings, PostgresError, ReplicationConnection, Sql, names_explicitly, names_standby};
@@ -16,13 +18,23 @@ const INTERVAL: Duration = Duration::from_secs(2);
 /// How long the way without SQL is kept before SQL is tried again.
 const SQL_RETRY: Duration = Duration::from_secs(60);
 
-pub async fn observe(connect: ConnectSettings, settings: Settings, board: Board, shutdown: CancellationToken) {
-    let mut observer = Observer { connect, settings, board, sql: None, replication: None, sql_after: None };
+/// `streaming`: the host that WAL comes from. Of several it is the one to ask: what another one has flushed says nothing about what is
+/// still to come from this one.
+pub async fn observe(
+    connect: ConnectSettings,
+    streaming: watch::Receiver<Option<Streaming>>,
+    settings: Settings,
+    board: Board,
+    shutdown: CancellationToken,
+) {
+    let (sql, replication) = (None, None);
+    let mut observer = Observer { connect, streaming, host: None, settings, board, sql, replication, sql_after: None };
     let mut tick = tokio::time::interval(INTERVAL);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         tokio::select! {
             _ = tick.tick() => {}
+            changed = observer.streaming.changed() => if changed.is_err() { return },
             () = shutdown.cancelled() => return,
         }
         tokio::select! {
@@ -34,6 +46,9 @@ pub async fn observe(connect: ConnectSettings, settings: Settings, board: Board,
 
 struct Observer {
     connect: ConnectSettings,
+    streaming: watch::Receiver<Option<Streaming>>,
+    /// Who is asked.
+    host: Option<usize>,
     settings: Settings,
     board: Board,
     sql: Option<Sql>,
@@ -45,8 +60,19 @@ struct Observer {
 impl Observer {
     async fn look(&mut self) {
         self.board.set_spool_free(crate::disk::Disk::default().free_bytes(&self.settings.spool.path).ok());
+        let streamed = self.streaming.borrow_and_update().map(|streaming| streaming.host);
+        let host = if self.connect.targets().len() == 1 { Some(0) } else { streamed };
+        if host != self.host {
+            (self.sql, self.replication, self.sql_after) = (None, None, None);
+            if self.host.is_some() {
+                self.board.forget_server();
+            }
+            self.host = host;
+        }
+        let Some(host) = host else { return };
+        let connect = self.connect.this_host(host);
         if self.sql.is_none() && self.sql_after.is_none_or(|after| tokio::time::Instant::now() >= after) {
-            match Sql::connect(&self.connect).await {
+            match Sql::connect(&connect).await {
                 Ok(sql) => {
                     self.sql = Some(sql);
                     self.replication = None;
@@ -57,7 +83,7 @@ impl Observer {
         }
         let looked = match &self.sql {
             Some(sql) => ask_sql(sql, &self.board, &self.settings).await,
-            None => self.ask_replication().await,
+            None => self.ask_replication(&connect).await,
         };
         if let Err(error) = looked {
             tracing::debug!(%error, "the server's position is not known");
@@ -78,10 +104,10 @@ impl Observer {
         }
     }
 
-    async fn ask_replication(&mut self) -> Result<(), PostgresError> {
+    async fn ask_replication(&mut self, connect: &ConnectSettings) -> Result<(), PostgresError> {
         let mut connection = match self.replication.take() {
             Some(connection) => connection,
-            None => ReplicationConnection::connect(&self.connect).await?,
+            None => ReplicationConnection::connect(connect).await?,
         };
         // Before asking, so that every commit acknowledged before it lies before the position (I19).
         let Some(now) = self.board.server_now() else {

@@ -82,7 +82,7 @@ impl ReplicationConnection {
 
     /// Connects to the host numbered `index` alone, primary or standby, whatever `target_session_attrs` asks for.
     pub async fn connect_to_any(settings: &ConnectSettings, index: usize) -> Result<Self, PostgresError> {
-        Self::connect_as(&settings.only_host(index), SessionAttributes::Any).await
+        Self::connect(&settings.this_host(index)).await
     }
 
     async fn connect_as(settings: &ConnectSettings, wanted: SessionAttributes) -> Result<Self, PostgresError> {

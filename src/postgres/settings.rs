@@ -214,6 +214,13 @@ impl ConnectSettings {
         settings
     }
 
+    /// That host alone, primary or standby, whatever `target_session_attrs` asks for: the server that is streamed from may have
+    /// changed its part since it was chosen.
+    #[must_use]
+    pub fn this_host(&self, index: usize) -> Self {
+        Self { session: SessionAttributes::Any, ..self.only_host(index) }
+    }
+
     /// The password for one host, and a note for the error if there is none. Reads files; call it off the runtime's workers.
     /// `database` as `.pgpass` names it: `replication` for a replication connection.
     pub(super) fn password_for(&self, host: &Host, database: &str) -> Result<(Option<Secret>, String), PostgresError> {

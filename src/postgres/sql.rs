@@ -20,7 +20,7 @@ use super::hosts::Host;
 use super::settings::{ConnectSettings, SessionAttributes};
 use super::socket::{BoundedFrames, NotAllowed, Socket};
 use super::tls::{self, Binding};
-use super::{PostgresError, Secret, door};
+use super::{PostgresError, Secret, SlotState, door};
 
 /// For one statement; the server is told less, so that it gives up first.
 const STATEMENT_LIMIT: Duration = Duration::from_secs(15);
@@ -287,6 +287,23 @@ impl Sql {
             retained_bytes: retained.map(|bytes| u64::try_from(bytes).unwrap_or(0)),
             physical: get(&row, 0)?,
         }))
+    }
+
+    /// The same in the words of `READ_REPLICATION_SLOT`, which exists from 15 on, by a connection for this alone. `Unknown`: SQL is not
+    /// possible.
+    pub async fn slot_state(settings: &ConnectSettings, name: &str) -> SlotState {
+        let asked = async { Self::connect(settings).await?.slot(name).await };
+        match asked.await {
+            Ok(None) => SlotState::Missing,
+            Ok(Some(info)) if info.physical => {
+                SlotState::Exists { restart_lsn: info.restart_lsn, restart_timeline: None }
+            }
+            Ok(Some(_)) => SlotState::NotPhysical,
+            Err(error) => {
+                tracing::debug!(%error, "the slot's position is not known");
+                SlotState::Unknown
+            }
+        }
     }
 
     /// `async`, `potential`, `sync` or `quorum` of the sender with this application name; `None`: there is none, or it may not be seen.

@@ -94,6 +94,27 @@ impl Catalog {
         self.timelines.keys().next_back().copied()
     }
 
+    /// The timeline that stands for the cluster where none is asked for: the newest that descends from the one archived last, as
+    /// `coverage.json` tells it. A copy that was restored beside it and archived for a while may have taken a higher number. Without
+    /// that hint it is the newest of all.
+    pub fn current_timeline(&self) -> Option<TimelineId> {
+        let newest = self.newest_timeline()?;
+        let Some(last) = self.coverage.as_ref().map(|coverage| coverage.timeline) else { return Some(newest) };
+        let descends =
+            |timeline: TimelineId| self.history(timeline).is_some_and(|history| history.range_of(last).is_some());
+        Some(self.timelines.keys().rev().copied().find(|timeline| descends(*timeline)).unwrap_or(newest))
+    }
+
+    /// Timelines with WAL that `branch` does not go through and that do not descend from it.
+    pub fn beside(&self, branch: &TimelineHistory) -> Vec<TimelineId> {
+        let is_beside = |timeline: TimelineId| {
+            branch.range_of(timeline).is_none()
+                && self.history(timeline).is_some_and(|history| history.range_of(branch.timeline()).is_none())
+        };
+        let holding = self.timelines.iter().filter(|(_, wal)| wal.holds_wal()).map(|(timeline, _)| *timeline);
+        holding.filter(|timeline| is_beside(*timeline)).collect()
+    }
+
     /// How `timeline` came to be. `None`: its `.history` is not stored, so PostgreSQL could not recover along it.
     pub fn history(&self, timeline: TimelineId) -> Option<TimelineHistory> {
         let stored = self.timelines.get(&timeline).and_then(|wal| wal.history.clone());

@@ -14,7 +14,7 @@ fn unreachable<T>(why: impl Into<String>) -> Result<T, Unreachable> {
     Err(Unreachable(why.into()))
 }
 
-/// The branch to restore along: that of the timeline asked for, else of the newest one.
+/// The branch to restore along: that of the timeline asked for, else of the one that is archived now.
 pub fn choose_branch(catalog: &Catalog, request: &Request) -> Result<TimelineHistory, Unreachable> {
     let wanted = match (request.timeline, &request.target) {
         (Some(timeline), _) => timeline,
@@ -23,7 +23,7 @@ pub fn choose_branch(catalog: &Catalog, request: &Request) -> Result<TimelineHis
             let id = request.backup.as_ref().expect("just looked at");
             known_backup(catalog, id)?.stop_timeline
         }
-        (None, _) => match catalog.newest_timeline() {
+        (None, _) => match catalog.current_timeline() {
             Some(timeline) => timeline,
             None => return unreachable("no WAL is archived"),
         },

@@ -151,6 +151,33 @@ fn the_branch_is_the_one_asked_for_or_the_newest() {
     assert_eq!(refused.0, "00000002.history is not archived");
 }
 
+/// A copy was restored beside the cluster and archived under a higher number: what is archived now is another branch, and a restore
+/// without `--timeline` would have given the copy.
+#[test]
+fn the_branch_that_is_archived_now_counts_where_a_copy_has_a_higher_number() {
+    let left_at = |mib: u64| format!("1\t0/{:X}\tx\n", mib * MIB);
+    let of_a_copy = |covered: Option<u32>| {
+        let sketch = Sketch::new()
+            .segments(1, 1..6)
+            .segments(2, 5..9)
+            .history(2, &left_at(5))
+            .segments(3, 3..7)
+            .history(3, &left_at(3));
+        match covered {
+            Some(id) => sketch.coverage(id, "2026-11-20T03:00:00Z", 6 * MIB).done(),
+            None => sketch.done(),
+        }
+    };
+    for (covered, chosen, beside) in
+        [(Some(2), 2, vec![3]), (Some(3), 3, vec![2]), (Some(1), 3, vec![2]), (None, 3, vec![2])]
+    {
+        let catalog = of_a_copy(covered);
+        let branch = choose_branch(&catalog, &request(Target::Latest)).unwrap();
+        assert_eq!(branch.timeline(), timeline(chosen), "{covered:?}");
+        assert_eq!(catalog.beside(&branch), beside.into_iter().map(timeline).collect::<Vec<_>>(), "{covered:?}");
+    }
+}
+
 #[test]
 fn immediate_takes_the_newest_backup_whose_wal_is_whole() {
     let catalog = Sketch::new()

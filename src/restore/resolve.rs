@@ -28,6 +28,8 @@ pub struct Plan {
     pub backup: BackupJson,
     /// The timeline to restore along.
     pub timeline: TimelineId,
+    /// Where no timeline was asked for: others that hold WAL and are not on the branch.
+    pub beside: Vec<TimelineId>,
     pub stop: RecoveryStop,
     pub last_kept: Option<CommitMark>,
     pub first_left_out: Option<CommitMark>,
@@ -173,7 +175,9 @@ async fn resolve(archive: &Archive, catalog: &Catalog, request: &Request) -> Res
         Target::Immediate => immediate(archive, catalog, &branch, &stretches, request).await?,
         _ => searched(archive, catalog, &branch, &stretches, request).await?,
     };
-    finish(archive, &branch, request, resolved).await
+    let plan = finish(archive, &branch, request, resolved).await?;
+    let beside = if request.timeline.is_none() { catalog.beside(&branch) } else { Vec::new() };
+    Ok(Plan { beside, ..plan })
 }
 
 /// The first moment at which a backup is consistent: before the first record from its stop LSN on, or behind the last one.
@@ -440,6 +444,7 @@ async fn finish(
         archive: archive.clone(),
         backup: backup.clone(),
         timeline: branch.timeline(),
+        beside: Vec::new(),
         stop,
         last_kept: resolved.last_kept,
         first_left_out: resolved.first_left_out,

@@ -149,6 +149,32 @@ impl Spool {
         Ok(systems)
     }
 
+    /// Whether the root holds WAL, histories or gaps of this system. Makes nothing.
+    pub fn holds_anything(root: &Path, cluster: &str, system: SystemIdentifier) -> bool {
+        let folder = root.join(cluster).join(system.to_string());
+        ["wal", "tail", "gaps", "open"]
+            .iter()
+            .any(|sub| files_below(&folder.join(sub), 2).is_ok_and(|files| !files.is_empty()))
+    }
+
+    /// Removes the folders that a system has left empty; what is not empty stays.
+    pub fn remove_empty(&self) {
+        let below = |folder: &Path| -> Vec<PathBuf> {
+            let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+            entries.map(|entry| entry.path()).filter(|path| path.is_dir() && !path.is_symlink()).collect()
+        };
+        for sub in below(&self.folder) {
+            for timeline in below(&sub) {
+                for segment in below(&timeline) {
+                    let _ = std::fs::remove_dir(segment);
+                }
+                let _ = std::fs::remove_dir(timeline);
+            }
+            let _ = std::fs::remove_dir(sub);
+        }
+        let _ = std::fs::remove_dir(&self.folder);
+    }
+
     /// Takes the root for this process alone. Two agents in one spool would each take the other's files for their own.
     pub fn lock(disk: &Disk, root: &Path) -> Result<SpoolLock, SpoolError> {
         disk.create_folders(root).map_err(at("create", root))?;

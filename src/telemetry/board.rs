@@ -254,6 +254,14 @@ impl Board {
         self.facts().samples.note(server_time, flush, monotonic);
     }
 
+    /// Another server is asked from now on: what the one before said of its position and its clock says nothing about this one.
+    pub fn forget_server(&self) {
+        let mut facts = self.facts();
+        facts.samples = FlushSamples::default();
+        facts.server_clock = None;
+        facts.slot = SlotFacts::default();
+    }
+
     /// The server's clock, as it came in an answer or a keepalive just now. Warns when ours is far from it.
     pub fn note_server_clock(&self, server: PgTime) {
         let (monotonic, wall) = (self.shared.clock.monotonic(), self.shared.clock.wall());

@@ -30,11 +30,13 @@ pub enum CauseCode {
     PagesDamaged,
     ClockSkew,
     MetricsFailing,
+    FailoverGap,
+    Unshipped,
     AgentUnreachable,
 }
 
 impl CauseCode {
-    pub const ALL: [CauseCode; 26] = [
+    pub const ALL: [CauseCode; 28] = [
         Self::NotConnected,
         Self::NoSql,
         Self::SlotMissing,
@@ -60,6 +62,8 @@ impl CauseCode {
         Self::PagesDamaged,
         Self::ClockSkew,
         Self::MetricsFailing,
+        Self::FailoverGap,
+        Self::Unshipped,
         Self::AgentUnreachable,
     ];
 
@@ -90,16 +94,19 @@ impl CauseCode {
             Self::PagesDamaged => "pages_damaged",
             Self::ClockSkew => "clock_skew",
             Self::MetricsFailing => "metrics_failing",
+            Self::FailoverGap => "failover_gap",
+            Self::Unshipped => "unshipped",
             Self::AgentUnreachable => "agent_unreachable",
         }
     }
 
-    /// Whether the agent is unhealthy while this cause stands: every one but `no_sql`.
+    /// Whether the agent is unhealthy while this cause stands: every one but `no_sql` and `failover_gap`.
     ///
     /// Without SQL the agent streams, ships and restores as well; a few facts are unknown and shown as such. Whatever SQL
-    /// alone could have told and that matters (the server's flush position) is asked on a replication connection then.
+    /// alone could have told and that matters (the server's flush position) is asked on a replication connection then. A standby
+    /// without a slot loses nothing as long as it is none that one goes over to.
     pub const fn is_unhealthy(self) -> bool {
-        !matches!(self, Self::NoSql)
+        !matches!(self, Self::NoSql | Self::FailoverGap)
     }
 }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use walden::wal::{Lsn, SegmentName};
 
-use crate::live::streaming::archive_all;
+use crate::live::streaming::{archive_all, few, turns};
 use crate::support::oracle::{cluster_folder, compare_stored, decompress, files_below};
 use crate::support::{Ledger, Postgres, Stage, Walden, has_cause, wait_until};
 
@@ -16,7 +16,7 @@ const MINUTE: Duration = Duration::from_secs(60);
 /// slot that holds WAL again, and a restart tells the same gap once more, not another one (I3, I19; A3 of the failure table).
 #[test]
 fn wal_that_is_gone_is_a_recorded_gap() {
-    for (major, dropped) in [(17, true), (15, false), (17, false)] {
+    for (major, dropped) in turns(&[true, false]) {
         let stage = Stage::new("gap");
         let mut builder = Postgres::builder(major)
             .wal_segsize(1)
@@ -97,8 +97,12 @@ fn wal_that_is_gone_is_a_recorded_gap() {
 /// Killed again and again while it is on its way past a gap: one gap, and everything behind it.
 #[test]
 fn a_gap_is_recorded_once_however_often_the_agent_dies() {
+    few(&[17]).into_iter().for_each(kill_at_a_gap);
+}
+
+fn kill_at_a_gap(major: u32) {
     let stage = Stage::new("gapkill");
-    let postgres = Postgres::builder(17)
+    let postgres = Postgres::builder(major)
         .wal_segsize(1)
         .setting("wal_keep_size", "0")
         .setting("min_wal_size", "2MB")
@@ -131,4 +135,35 @@ fn a_gap_is_recorded_once_however_often_the_agent_dies() {
     let folder = cluster_folder(&walden.repository(), "main", &postgres);
     assert_eq!(files_below(&folder.join("gaps")).len(), 1);
     assert!(!has_cause(&status, "diverged") && !has_cause(&status, "conflict"), "{status}");
+}
+
+/// A server that is promoted just then may say "already removed" of a segment that it makes in that moment. Once that was taken for a
+/// gap at once: the slot, which held the WAL, was dropped, and the WAL was lost by that (I3, I21). Here the file is out of the server's
+/// sight for a moment.
+#[test]
+fn wal_that_is_out_of_sight_for_a_moment_is_no_gap() {
+    let stage = Stage::new("moment");
+    let postgres = Postgres::builder(18).wal_segsize(1).start(&stage);
+    let walden = Walden::local(&stage, &postgres, "[upload]\nretry_delay_max = \"1s\"\n");
+    let mut agent = walden.run_connected();
+    let mut ledger = Ledger::create(&postgres);
+    let end = archive_all(&postgres, &mut agent);
+    agent.kill9();
+    ledger.commit_many(3);
+    postgres.switch_wal();
+    ledger.commit_many(3);
+    let next = SegmentName::holding(walden::wal::TimelineId::FIRST, end, postgres.segment_size()).to_string();
+    let (there, away) = (postgres.data.join("pg_wal").join(&next), stage.join("away"));
+    fs::rename(&there, &away).expect("out of sight");
+    let before = postgres.log().matches("has already been removed").count();
+    let mut agent = walden.run();
+    wait_until(MINUTE, "the server to say that it is gone", || {
+        postgres.log().matches("has already been removed").count() > before
+    });
+    fs::rename(&away, &there).expect("back again");
+    archive_all(&postgres, &mut agent);
+    let status = agent.wait_status(MINUTE, "healthy", |status| status["healthy"] == true);
+    assert_eq!(status["gaps"].as_array().map(Vec::len), Some(0), "{status}");
+    let folder = cluster_folder(&walden.repository(), "main", &postgres);
+    compare_stored(&folder, &postgres.oracle).assert_whole(2);
 }

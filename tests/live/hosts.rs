@@ -6,10 +6,10 @@ use std::time::Duration;
 use walden::wal::Lsn;
 
 use super::restore::restore;
-use super::streaming::archive_all;
+use super::streaming::{archive_all, few, turns};
 use crate::support::ledger::assert_rows;
 use crate::support::oracle::{cluster_folder, compare_stored};
-use crate::support::{Agent, Ledger, Postgres, Recorder, Stage, Walden, has_cause, wait_until};
+use crate::support::{Agent, Ledger, Postgres, Random, Recorder, Stage, Walden, has_cause, wait_until};
 
 const MINUTE: Duration = Duration::from_secs(60);
 
@@ -73,7 +73,7 @@ fn wait_healthy_without_gap(agent: &mut Agent, timeline: u32) {
 /// the slot that was left on it.
 #[test]
 fn a_failover_to_another_host_leaves_no_gap() {
-    for (major, kept) in [(17, true), (15, true), (17, false)] {
+    for (major, kept) in turns(&[true, false]) {
         let stage = Stage::new("failover");
         let (mut primary, mut standby) = pair(&stage, major);
         let walden = archiving(&stage, &[&primary, &standby], "primary");
@@ -162,8 +162,12 @@ fn a_failover_to_another_host_leaves_no_gap() {
 /// what the old primary had written beyond stays, and both branches are restored.
 #[test]
 fn a_lagging_standby_that_is_promoted_is_followed() {
+    few(&[13, 17]).into_iter().for_each(promote_the_lagging_standby);
+}
+
+fn promote_the_lagging_standby(major: u32) {
     let stage = Stage::new("lagging");
-    let (mut primary, mut standby) = pair(&stage, 17);
+    let (mut primary, mut standby) = pair(&stage, major);
     let walden = archiving(&stage, &[&primary, &standby], "read-write");
     let mut agent = walden.run_connected();
     let mut ledger = Ledger::create(&primary);
@@ -198,16 +202,20 @@ fn a_lagging_standby_that_is_promoted_is_followed() {
     wait_healthy_without_gap(&mut agent, 2);
     let folder = cluster_folder(&walden.repository(), "main", &standby);
     compare_stored(&folder, &primary.oracle).assert_whole(1);
-    assert_rows(&restore(&walden, 17, "new", &[]), &new);
-    assert_rows(&restore(&walden, 17, "old", &["--timeline", "1"]), &old);
+    assert_rows(&restore(&walden, major, "new", &[]), &new);
+    assert_rows(&restore(&walden, major, "old", &["--timeline", "1"]), &old);
 }
 
 /// A standby is the source of the stream. It is behind what is held for a while, as one that the agent goes over to may be: it is
 /// waited for, and not called diverged. When its primary is promoted anew, it is followed onto the next timeline.
 #[test]
 fn a_standby_is_a_source_and_waited_for_while_it_lags() {
+    few(&[15, 18]).into_iter().for_each(stream_from_a_standby);
+}
+
+fn stream_from_a_standby(major: u32) {
     let stage = Stage::new("source");
-    let (mut primary, mut standby) = pair(&stage, 15);
+    let (mut primary, mut standby) = pair(&stage, major);
     let walden = archiving(&stage, &[&primary], "any");
     let mut agent = walden.run_connected();
     let mut ledger = Ledger::create(&primary);
@@ -269,7 +277,8 @@ fn content(server: &Postgres) -> Vec<String> {
 /// beside them or away. The agent goes over; what is restored is what the new primary holds (I7, I10; A5 of the failure table).
 #[test]
 fn a_promotion_at_a_random_moment_under_load_is_followed() {
-    for (major, away) in [(17, false), (15, true), (17, true)] {
+    let mut random = Random::of_this_run();
+    for (major, away) in turns(&[false, true]) {
         let stage = Stage::new("random");
         let (mut primary, mut standby) = pair(&stage, major);
         let walden = archiving(&stage, &[&primary, &standby], "primary");
@@ -279,9 +288,10 @@ fn a_promotion_at_a_random_moment_under_load_is_followed() {
         wait_until(MINUTE, "a slot on the standby", || standby.slot_restart_lsn("walden").is_some());
         let recorder = Recorder::start(&primary);
         let load = primary.pgbench(&["-c", "4", "-T", "600"]);
-        // Wherever the servers are just then; the process's number is as random as anything.
-        let moment = 50 + std::process::id() % 40;
-        wait_until(MINUTE, "a random moment", || recorder.entries().len() > moment as usize);
+        let moment = 30 + usize::try_from(random.below(60)).expect("a small number");
+        wait_until(MINUTE, "a random moment", || recorder.entries().len() > moment);
+        // Anywhere between two commits, too.
+        std::thread::sleep(Duration::from_micros(random.below(20_000)));
         if away {
             agent.kill9();
         }
@@ -306,4 +316,59 @@ fn a_promotion_at_a_random_moment_under_load_is_followed() {
         assert!(folder.join("wal/00000002.history").exists());
         compare_stored(&folder, &primary.oracle).assert_whole(1);
     }
+}
+
+/// `target_session_attrs=any`: the first host lags, so the agent streams from the second one. The server's position and the backup come
+/// from that one as well; what is late against the first is not what is late (I19).
+#[test]
+fn the_host_that_is_streamed_from_is_the_one_that_is_asked() {
+    few(&[13]).into_iter().for_each(ask_the_one_that_is_streamed_from);
+}
+
+fn ask_the_one_that_is_streamed_from(major: u32) {
+    let stage = Stage::new("asked");
+    let (primary, mut standby) = pair(&stage, major);
+    for sql in ["ALTER SYSTEM SET log_replication_commands = on", "SELECT pg_reload_conf()"] {
+        primary.psql(sql);
+    }
+    let mut agent = archiving(&stage, &[&primary], "any").run_connected();
+    let mut ledger = Ledger::create(&primary);
+    ledger.commit_many(3);
+    archive_all(&primary, &mut agent);
+    standby.stop_fast();
+    standby.overrides.retain(|setting| !setting.starts_with("primary_conninfo"));
+    standby.overrides.push("log_replication_commands=on".into());
+    standby.start();
+    ledger.commit_many(3);
+    archive_all(&primary, &mut agent);
+    assert!(agent.sigterm(MINUTE).success(), "{}", agent.log_tail());
+
+    let walden = archiving(&stage, &[&standby, &primary], "any");
+    let config = fs::read_to_string(walden.config_path()).expect("the configuration");
+    let walden = Walden::with_config(&stage, &config.replace("initial = false", "initial = true"));
+    let mut agent = walden.run();
+    let end = ledger.commit().lsn;
+    agent.wait_status(MINUTE, "the position of the host that is streamed from", |status| {
+        status["server_lsn"].as_str().and_then(|lsn| lsn.parse::<Lsn>().ok()).is_some_and(|lsn| lsn >= end)
+    });
+    let slot = |status: &serde_json::Value| status["slot"]["restart_lsn"].as_str().map(str::to_owned);
+    agent.wait_status(MINUTE, "its slot", |status| {
+        slot(status) == primary.slot_restart_lsn("walden").map(|lsn| lsn.to_string())
+    });
+    agent.wait_status(2 * MINUTE, "a backup", |status| status["last_backup"]["id"].is_string());
+    assert!(primary.log().contains("BASE_BACKUP"), "{}", primary.log_tail());
+    assert!(!standby.log().contains("BASE_BACKUP"), "{}", standby.log_tail());
+    // A host where no slot can be kept is told, and makes nobody unhealthy: a standby may be away for an hour.
+    standby.stop_fast();
+    let status = agent.wait_status(MINUTE, "the cause failover_gap", |status| has_cause(status, "failover_gap"));
+    assert_eq!(status["healthy"], true, "{status}");
+    standby.start();
+    agent.wait_status(MINUTE, "its end", |status| !has_cause(status, "failover_gap"));
+    let checked = walden.exec(&["check"]);
+    let told = checked.stdout.lines().find(|line| line.contains("slot.")).unwrap_or_default();
+    assert!(told.contains("holds WAL from"), "{}", checked.stdout);
+    // One that is alone streams first, and takes its backup from the same host.
+    assert!(agent.sigterm(MINUTE).success(), "{}", agent.log_tail());
+    walden.ok(&["backup"]);
+    assert!(!standby.log().contains("BASE_BACKUP"), "{}", standby.log_tail());
 }

@@ -7,10 +7,10 @@ use std::time::Duration;
 use walden::wal::{Lsn, SegmentName, TimelineId};
 
 use super::restore::restore;
-use super::streaming::archive_all;
+use super::streaming::{archive_all, majors, turns};
 use crate::support::ledger::assert_rows;
 use crate::support::oracle::{cluster_folder, compare_stored, files_below, stored_segments};
-use crate::support::{Agent, Ledger, Postgres, Stage, Walden, has_cause, wait_until};
+use crate::support::{Agent, Ledger, Postgres, Stage, Walden, has_cause, is_full, wait_until};
 
 const MINUTE: Duration = Duration::from_secs(60);
 /// An alarm is raised within this.
@@ -42,8 +42,18 @@ fn for_server(walden: &Walden, from: &Postgres, to: &Postgres, more: &[(&str, &s
 /// one left, which can still be restored, and the old one is refused (I6, B3 of the failure table).
 #[test]
 fn a_new_cluster_archives_under_an_old_name_once_it_is_adopted() {
+    // An upgrade as far as it goes; in the full run from each major to the next.
+    let all = majors();
+    let steps: Vec<(u32, u32)> = match is_full() {
+        true => all.iter().copied().zip(all.iter().copied().skip(1)).collect(),
+        false => vec![(all[0], all[all.len() - 1])],
+    };
+    steps.into_iter().for_each(|(first, second)| replace_and_adopt(first, second));
+}
+
+fn replace_and_adopt(first_major: u32, second_major: u32) {
     let stage = Stage::new("adopt");
-    let mut first = Postgres::builder(15).wal_segsize(1).named("first").start(&stage);
+    let mut first = Postgres::builder(first_major).wal_segsize(1).named("first").start(&stage);
     let walden = Walden::local(&stage, &first, "");
     let mut agent = walden.run_connected();
     let mut ledger = Ledger::create(&first);
@@ -55,7 +65,7 @@ fn a_new_cluster_archives_under_an_old_name_once_it_is_adopted() {
     drop(ledger);
     let early = walden.exec(&["adopt", "--system-identifier", &old]);
     assert_eq!(early.code, Some(0), "there is nothing to adopt: {}", early.stderr);
-    let second = Postgres::builder(17).wal_segsize(1).named("second").start(&stage);
+    let second = Postgres::builder(second_major).wal_segsize(1).named("second").start(&stage);
     let new = second.system_identifier().to_string();
     let replaced = for_server(&walden, &first, &second, &[]);
     let busy = replaced.exec(&["adopt", "--system-identifier", &new]);
@@ -111,7 +121,7 @@ fn a_new_cluster_archives_under_an_old_name_once_it_is_adopted() {
     let to = to.to_string_lossy();
     assert_eq!(replaced.exec(&["wal-fetch", &segment, &to]).code, Some(255), "which of the two is not said");
     replaced.ok(&["wal-fetch", "--system-identifier", &old, &segment, &to]);
-    for (major, system, expected) in [(15, &old, &rows), (17, &new, &new_rows)] {
+    for (major, system, expected) in [(first_major, &old, &rows), (second_major, &new, &new_rows)] {
         let listed = replaced.json(&["list", "--system-identifier", system]);
         assert_eq!(listed["system_identifier"], **system);
         let settings = replaced.ok(&["recovery-conf", "--system-identifier", system]);
@@ -133,9 +143,18 @@ fn a_new_cluster_archives_under_an_old_name_once_it_is_adopted() {
 /// so and goes on answering (I6, B3 of the failure table).
 #[test]
 fn a_cluster_made_anew_under_a_running_agent_is_not_streamed() {
+    // By initdb again, and by an upgrade.
+    let all = majors();
+    for (at, major) in all.iter().enumerate() {
+        let after = if at % 2 == 0 { *major } else { *all.get(at + 1).unwrap_or(major) };
+        make_the_cluster_anew(*major, after);
+    }
+}
+
+fn make_the_cluster_anew(before: u32, after: u32) {
     let stage = Stage::new("anew");
-    let mut first = Postgres::builder(17).wal_segsize(1).named("first").start(&stage);
-    let mut second = Postgres::builder(17).wal_segsize(1).named("second").start(&stage);
+    let mut first = Postgres::builder(before).wal_segsize(1).named("first").start(&stage);
+    let mut second = Postgres::builder(after).wal_segsize(1).named("second").start(&stage);
     let walden = Walden::local(&stage, &first, "[upload]\nretry_delay_max = \"1s\"\n");
     let mut agent = walden.run_connected();
     archive_all(&first, &mut agent);
@@ -194,9 +213,9 @@ fn wait_diverged(agent: &mut Agent) -> Lsn {
 /// failure table).
 #[test]
 fn a_rolled_back_copy_is_found_at_its_first_differing_byte() {
-    for behind in [true, false] {
+    for (major, behind) in turns(&[true, false]) {
         let stage = Stage::new("clone");
-        let mut postgres = Postgres::builder(17).wal_segsize(1).setting("wal_keep_size", "64MB").start(&stage);
+        let mut postgres = Postgres::builder(major).wal_segsize(1).setting("wal_keep_size", "64MB").start(&stage);
         let walden = Walden::local(&stage, &postgres, "[upload]\nretry_delay_max = \"1s\"\n");
         let mut agent = walden.run_connected();
         postgres.psql("CREATE TABLE rows (n int PRIMARY KEY, padding text)");
@@ -241,9 +260,9 @@ fn a_rolled_back_copy_is_found_at_its_first_differing_byte() {
 /// archive is unchanged, and its server goes on (I2, I7, I10).
 #[test]
 fn two_servers_with_one_history_number_do_not_mix() {
-    for same_switch in [false, true] {
+    for (major, same_switch) in turns(&[false, true]) {
         let stage = Stage::new("twins");
-        let mut postgres = Postgres::builder(15).wal_segsize(1).start(&stage);
+        let mut postgres = Postgres::builder(major).wal_segsize(1).start(&stage);
         let walden = Walden::local(&stage, &postgres, "[upload]\nretry_delay_max = \"1s\"\n");
         let mut agent = walden.run_connected();
         let mut ledger = Ledger::create(&postgres);
@@ -269,7 +288,7 @@ fn two_servers_with_one_history_number_do_not_mix() {
         assert!(agent.sigterm(MINUTE).success(), "{}", agent.log_tail());
         let before = content(&walden.repository());
 
-        let mut twin = Postgres::over(&stage, 15, &copy);
+        let mut twin = Postgres::over(&stage, major, &copy);
         if !same_switch {
             twin.start();
             Ledger::create(&twin).commit_many(5);
@@ -301,4 +320,63 @@ fn two_servers_with_one_history_number_do_not_mix() {
         compare_stored(&folder, &postgres.oracle).assert_whole(3);
         wait_until(MINUTE, "healthy", || agent.status().is_ok_and(|status| status["healthy"] == true));
     }
+}
+
+/// The store was away when the agent stopped, and then the server was replaced. What the old one had confirmed to it lies in the spool
+/// alone, the open segment's part too. Its successor's agent ships it to the old one's own folder, and only then lets it go: the old
+/// cluster is restored to its last commit (I1, I8).
+#[test]
+fn what_the_spool_holds_of_a_cluster_that_was_succeeded_is_shipped() {
+    let stage = Stage::new("succeeded");
+    let mut first = Postgres::builder(15).wal_segsize(1).named("first").start(&stage);
+    let walden = Walden::local(&stage, &first, "[upload]\nretry_delay_max = \"1s\"\n");
+    let mut agent = walden.run_connected();
+    let mut ledger = Ledger::create(&first);
+    ledger.commit_many(3);
+    let old = first.system_identifier().to_string();
+    walden.ok(&["backup"]);
+    archive_all(&first, &mut agent);
+    let away = stage.join("archive-away");
+    fs::rename(walden.repository(), &away).expect("the store goes away");
+    for _ in 0..3 {
+        ledger.commit_many(2);
+        first.switch_wal();
+    }
+    let last = ledger.commit().lsn;
+    agent.wait_durable(last, MINUTE);
+    agent.kill9();
+    let rows = ledger.entries().to_vec();
+    drop(ledger);
+    first.wait_oracle_complete();
+    first.stop_fast();
+    fs::rename(&away, walden.repository()).expect("the store is back");
+    let folder = walden.repository().join("main").join(&old);
+    // As if it had run out.
+    fs::remove_file(folder.join("lease.json")).expect("a lease");
+
+    let second = Postgres::builder(17).wal_segsize(1).named("second").start(&stage);
+    let new = second.system_identifier().to_string();
+    let replaced = for_server(&walden, &first, &second, &[]);
+    replaced.ok(&["adopt", "--system-identifier", &new]);
+    let checked = replaced.exec(&["check"]);
+    assert!(checked.stdout.contains(&format!("the spool holds WAL of system {old}")), "{}", checked.stdout);
+    if is_full() {
+        // Somebody else seems to archive the old one: it is told, and waited for.
+        let lease = r#"{"format":1,"agent":"someone","host":"elsewhere","taken":"2026-11-21T00:00:00Z","renewed":"2026-11-21T00:00:00Z","ttl_seconds":30}"#;
+        stage.write(folder.strip_prefix(stage.path()).expect("below").join("lease.json"), lease);
+        let mut agent = replaced.run();
+        let status = agent.wait_status(MINUTE, "the cause unshipped", |status| has_cause(status, "unshipped"));
+        assert!(status.to_string().contains("someone on elsewhere"), "{status}");
+        assert!(agent.sigterm(MINUTE).success(), "{}", agent.log_tail());
+        fs::remove_file(folder.join("lease.json")).expect("a lease");
+    }
+    let mut agent = replaced.run_connected();
+    archive_all(&second, &mut agent);
+    let left = walden.spool().join("main").join(&old);
+    wait_until(MINUTE, "the old cluster's WAL to leave the spool", || !left.exists());
+    agent.wait_status(MINUTE, "healthy", |status| !has_cause(status, "unshipped"));
+    compare_stored(&folder, &first.oracle).assert_whole(4);
+    assert!(agent.sigterm(MINUTE).success(), "{}", agent.log_tail());
+    assert_rows(&restore(&replaced, 15, "old", &["--system-identifier", &old]), &rows);
+    assert_eq!(replaced.exec(&["check"]).code, Some(0), "{}", replaced.exec(&["check"]).stdout);
 }

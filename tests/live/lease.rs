@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 
-use super::streaming::archive_all;
+use super::streaming::{archive_all, few, majors};
 use crate::support::oracle::{cluster_folder, compare_stored, files_below};
 use crate::support::{Postgres, Stage, Walden, has_cause, parts, wait_until};
 
@@ -40,13 +40,21 @@ fn agent_id(walden: &Walden, spool: &str) -> String {
 /// cleanly the first takes over at once (I2, I20; B2 of the failure table).
 #[test]
 fn one_that_lost_its_lease_stops_before_it_writes() {
+    // Mostly waiting, so the majors wait together.
+    std::thread::scope(|scope| {
+        let each: Vec<_> = majors().into_iter().map(|major| scope.spawn(move || lose_the_lease(major))).collect();
+        each.into_iter().for_each(|major| major.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+    });
+}
+
+fn lose_the_lease(major: u32) {
     let stage = Stage::new("lost");
-    let postgres = Postgres::builder(17).wal_segsize(1).start(&stage);
+    let postgres = Postgres::builder(major).wal_segsize(1).start(&stage);
     let first = Walden::local(&stage, &postgres, "[archive]\ntail_interval = \"200ms\"\n");
     let mut hanging = first.run_connected();
     archive_all(&postgres, &mut hanging);
     postgres.pgbench_init(1);
-    let load = postgres.pgbench(&["-c", "2", "-T", "600", "--rate", "100"]);
+    let load = postgres.pgbench(&["-c", "2", "-T", "600", "--rate", "50"]);
     let other = second(&first, "second");
     let mut waiting = other.run();
     waiting.wait_status(MINUTE, "the second agent to stand by", |status| has_cause(status, "lease_held"));
@@ -95,4 +103,40 @@ fn a_restart_takes_its_own_lease_at_once() {
         assert!(begun.elapsed() < Duration::from_secs(15), "it took {:?}", begun.elapsed());
         assert!(!agent.log().contains("standing by"), "{}", agent.log());
     }
+}
+
+/// Two agents with repositories of their own and one slot name, as when a configuration is copied: no lease keeps them apart, so the
+/// server does. The second one says who is in the way, takes nothing, and goes on when the first one stops; neither archive has a hole
+/// that it does not tell.
+#[test]
+fn two_agents_with_one_slot_take_turns_and_say_so() {
+    few(&[13, 18]).into_iter().for_each(share_a_slot);
+}
+
+fn share_a_slot(major: u32) {
+    let stage = Stage::new("oneslot");
+    let postgres = Postgres::builder(major).wal_segsize(1).start(&stage);
+    let first = Walden::local(&stage, &postgres, "[upload]\nretry_delay_max = \"1s\"\n");
+    let mut agent = first.run_connected();
+    archive_all(&postgres, &mut agent);
+    let config = fs::read_to_string(second(&first, "second").config_path()).expect("the configuration");
+    let config = config.replace("slot = \"second\"\n", "").replace("/archive\"", "/archive-second\"");
+    let other = Walden::with_config(&stage, &config);
+    let mut waiting = other.run();
+    let status = waiting.wait_status(MINUTE, "the slot to be in use", |status| {
+        has_cause(status, "not_connected") && status.to_string().contains("is active")
+    });
+    assert_eq!(status["healthy"], false);
+    let checked = other.exec(&["check"]);
+    assert_eq!(checked.code, Some(1), "{}", checked.stdout);
+    assert!(checked.stdout.contains("in use by another receiver"), "{}", checked.stdout);
+    archive_all(&postgres, &mut agent);
+    agent.wait_status(MINUTE, "the first agent to go on", |status| status["healthy"] == true);
+    let whole = cluster_folder(&first.repository(), "main", &postgres);
+    compare_stored(&whole, &postgres.oracle).assert_whole(2);
+    assert!(agent.sigterm(MINUTE).success(), "{}", agent.log_tail());
+    waiting.wait_status(MINUTE, "the second agent to stream", |status| !has_cause(status, "not_connected"));
+    archive_all(&postgres, &mut waiting);
+    let begun = cluster_folder(&stage.join("archive-second"), "main", &postgres);
+    compare_stored(&begun, &postgres.oracle).assert_whole(1);
 }

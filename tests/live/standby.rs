@@ -36,8 +36,12 @@ fn a_backup_from_an_idle_standby_ends_and_restores() {
 /// PostgreSQL gives such a backup up. It ends with the reason, and does not exist.
 #[test]
 fn a_backup_whose_standby_is_promoted_fails_with_the_reason() {
+    majors().into_iter().for_each(promote_in_a_backup);
+}
+
+fn promote_in_a_backup(major: u32) {
     let stage = Stage::new("promoted");
-    let (_primary, mut standby) = pair(&stage, 17);
+    let (_primary, mut standby) = pair(&stage, major);
     let walden = archiving(&stage, &[&standby], "any");
     let config = fs::read_to_string(walden.config_path()).expect("the configuration");
     let walden = Walden::with_config(&stage, &config.replace("[backup]\n", "[backup]\nmax_rate = \"1MiB\"\n"));

@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use walden::wal::Lsn;
 
+use super::restore::restore;
+use crate::support::ledger::assert_rows;
 use crate::support::oracle::{assert_no_temporary_names, cluster_folder, compare_fetched, compare_stored, files_below};
 use crate::support::{
     Agent, Ledger, Postgres, Recorder, Stage, Walden, eventually, has_cause, is_full, parts, wait_until,
@@ -16,6 +18,25 @@ const MINUTE: Duration = Duration::from_secs(60);
 /// The majors that a change is tested on; all that are set up in the full run.
 pub fn majors() -> Vec<u32> {
     if is_full() { parts::postgres_majors() } else { vec![13, 15, 17, 18] }
+}
+
+/// Each major with a scenario, in turn, so that each of both is seen; every major with every scenario in the full run.
+pub fn turns<S: Copy>(scenarios: &[S]) -> Vec<(u32, S)> {
+    turns_on(&majors(), scenarios)
+}
+
+/// The same on some majors only, where it takes long and they hardly differ.
+pub fn turns_on<S: Copy>(some: &[u32], scenarios: &[S]) -> Vec<(u32, S)> {
+    if is_full() {
+        return majors().iter().flat_map(|major| scenarios.iter().map(|scenario| (*major, *scenario))).collect();
+    }
+    let count = some.len().max(scenarios.len());
+    some.iter().cycle().zip(scenarios.iter().cycle()).take(count).map(|(major, scenario)| (*major, *scenario)).collect()
+}
+
+/// These majors; all in the full run. For what hardly differs between them.
+pub fn few(majors_of_each_change: &[u32]) -> Vec<u32> {
+    if is_full() { majors() } else { majors_of_each_change.to_vec() }
 }
 
 /// Ends the segment that is open and waits until it is in the repository and in the oracle.
@@ -182,28 +203,45 @@ fn another_cluster_is_refused_before_streaming() {
 /// Segment sizes come from the server (I6, B4 of the failure table).
 #[test]
 fn segments_of_any_size_have_the_right_names() {
-    // The largest takes minutes and gigabytes: with the long runs.
-    let sizes: &[u32] = if is_full() { &[1, 64, 1024] } else { &[1, 64] };
-    for &mib in sizes {
+    // The largest takes minutes and gigabytes: with the long runs, and on two majors.
+    let sizes: Vec<(u32, u32)> = match is_full() {
+        true => majors().into_iter().zip([1, 64, 1024, 16, 64, 1024]).chain([(18, 1), (13, 16)]).collect(),
+        false => vec![(13, 64), (18, 1)],
+    };
+    for (major, mib) in sizes {
         let stage = Stage::new("size");
-        let postgres = Postgres::builder(15).wal_segsize(mib).start(&stage);
+        let postgres = Postgres::builder(major).wal_segsize(mib).start(&stage);
         let walden = Walden::local(&stage, &postgres, "[archive]\ncompression = \"zstd\"\n");
         let mut agent = walden.run_connected();
+        let mut ledger = Ledger::create(&postgres);
+        ledger.commit_many(3);
+        walden.ok(&["backup"]);
         // The names' last part counts differently with each size.
         for _ in 0..6 {
+            ledger.commit();
             archive_all(&postgres, &mut agent);
         }
+        let last = ledger.commit().lsn;
+        agent.wait_archived(last, MINUTE);
         let folder = cluster_folder(&walden.repository(), "main", &postgres);
         compare_stored(&folder, &postgres.oracle).assert_whole(5);
         compare_fetched(&walden, &folder, &postgres.oracle).assert_whole(5);
+        assert!(agent.sigterm(MINUTE).success(), "{}", agent.log_tail());
+        let middle = ledger.entries()[5].lsn.to_string();
+        assert_rows(&restore(&walden, major, "middle", &["--target-lsn", &middle]), &ledger.entries()[..6]);
+        assert_rows(&restore(&walden, major, "latest", &[]), ledger.entries());
     }
 }
 
 /// Crashes of the server under load are ordinary events: the agent reconnects by itself and nothing differs (I7).
 #[test]
 fn a_crashed_server_is_followed_without_a_gap() {
+    few(&[18]).into_iter().for_each(follow_crashes);
+}
+
+fn follow_crashes(major: u32) {
     let stage = Stage::new("crash");
-    let mut postgres = Postgres::builder(17).wal_segsize(1).start(&stage);
+    let mut postgres = Postgres::builder(major).wal_segsize(1).start(&stage);
     let walden = Walden::local(&stage, &postgres, "");
     let mut agent = walden.run_connected();
     postgres.pgbench_init(5);

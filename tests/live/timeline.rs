@@ -7,10 +7,10 @@ use walden::wal::{Lsn, SegmentName, TimelineId};
 
 use super::identity::content;
 use super::restore::restore;
-use super::streaming::archive_all;
+use super::streaming::{archive_all, few, majors, turns, turns_on};
 use crate::support::ledger::{Entry, assert_rows};
 use crate::support::oracle::{cluster_folder, compare_stored, decompress, files_below};
-use crate::support::{Ledger, Postgres, Recorder, Stage, Walden, has_cause, wait_until};
+use crate::support::{Kind, Ledger, Postgres, Recorder, Stage, Store, Walden, has_cause, parts, wait_until};
 
 const MINUTE: Duration = Duration::from_secs(60);
 
@@ -18,10 +18,12 @@ const MINUTE: Duration = Duration::from_secs(60);
 /// file before anything of the new timeline, the old one's last part up to the switch as a piece (I7, I10; A5 of the failure table).
 #[test]
 fn a_promotion_is_followed() {
-    for (major, away) in [(17, false), (15, true)] {
+    let scenarios = [(false, Kind::Local), (true, Kind::S3), (false, Kind::S3), (true, Kind::Local)];
+    for (major, (away, kind)) in turns(&scenarios) {
         let stage = Stage::new("promote");
         let mut postgres = Postgres::builder(major).wal_segsize(1).start(&stage);
-        let walden = Walden::local(&stage, &postgres, "[archive]\ntail_interval = \"200ms\"\n");
+        let store = Store::start(&stage, kind);
+        let walden = store.walden(&stage, &postgres, "[archive]\ntail_interval = \"200ms\"\n");
         let mut agent = walden.run_connected();
         let recorder = Recorder::start(&postgres);
         postgres.pgbench_init(2);
@@ -48,7 +50,7 @@ fn a_promotion_is_followed() {
         let status = agent.wait_status(MINUTE, "healthy", |status| status["healthy"] == true);
         assert_eq!(status["gaps"].as_array().map(Vec::len), Some(0), "{status}");
 
-        let folder = cluster_folder(&walden.repository(), "main", &postgres);
+        let folder = cluster_folder(&store.folder, "main", &postgres);
         let compared = compare_stored(&folder, &postgres.oracle);
         compared.assert_whole(3);
         assert!(compared.equal.iter().any(|name| name.starts_with("00000002")), "{compared:?}");
@@ -78,8 +80,12 @@ fn a_promotion_is_followed() {
 /// has passed what is held it is refused; nothing that is stored changes (I2, I7, B1 of the failure table).
 #[test]
 fn a_rolled_back_copy_is_refused() {
+    majors().into_iter().for_each(refuse_a_rolled_back_copy);
+}
+
+fn refuse_a_rolled_back_copy(major: u32) {
     let stage = Stage::new("rollback");
-    let mut postgres = Postgres::builder(17).wal_segsize(1).start(&stage);
+    let mut postgres = Postgres::builder(major).wal_segsize(1).start(&stage);
     let walden = Walden::local(&stage, &postgres, "[upload]\nretry_delay_max = \"1s\"\n");
     let mut agent = walden.run_connected();
     let mut ledger = Ledger::create(&postgres);
@@ -137,6 +143,15 @@ fn promote_in_place(postgres: &mut Postgres) {
     postgres.wait_promoted(MINUTE);
 }
 
+/// The repository was told which timeline is archived now: without `--timeline` a restore goes along that.
+#[track_caller]
+fn wait_covered(folder: &std::path::Path, timeline: u32) {
+    wait_until(MINUTE, "the repository to be told of the timeline", || {
+        let told = fs::read(folder.join("coverage.json")).unwrap_or_default();
+        serde_json::from_slice(&told).is_ok_and(|told: serde_json::Value| told["timeline"] == timeline)
+    });
+}
+
 fn timeline_of(postgres: &Postgres) -> u32 {
     let name = postgres.value("SELECT pg_walfile_name(pg_current_wal_insert_lsn())");
     u32::from_str_radix(&name[..8], 16).expect("a timeline")
@@ -147,7 +162,7 @@ fn timeline_of(postgres: &Postgres) -> u32 {
 /// branch's part can be reached, and the newest state too (I10; A5 and A6 of the failure table).
 #[test]
 fn several_promotions_in_a_row_with_skipped_numbers_are_followed() {
-    for (major, away) in [(17, false), (15, true)] {
+    for (major, away) in turns_on(&[15, 17], &[false, true]) {
         let stage = Stage::new("promotions");
         let mut postgres = Postgres::builder(major).wal_segsize(1).start(&stage);
         promote_in_place(&mut postgres);
@@ -224,10 +239,11 @@ fn several_promotions_in_a_row_with_skipped_numbers_are_followed() {
 /// (I7, I10; A5 of the failure table).
 #[test]
 fn a_restored_copy_is_followed_and_both_branches_can_be_restored() {
-    for (major, fresh) in [(17, false), (15, true)] {
+    for (major, (fresh, kind)) in turns_on(&[13, 18], &[(false, Kind::Local), (true, Kind::S3)]) {
         let stage = Stage::new("branches");
         let mut postgres = Postgres::builder(major).wal_segsize(1).start(&stage);
-        let walden = Walden::local(&stage, &postgres, "[archive]\ntail_interval = \"200ms\"\n");
+        let store = Store::start(&stage, kind);
+        let walden = store.walden(&stage, &postgres, "[archive]\ntail_interval = \"200ms\"\n");
         let mut agent = walden.run_connected();
         let mut ledger = Ledger::create(&postgres);
         ledger.commit_many(5);
@@ -266,9 +282,10 @@ fn a_restored_copy_is_followed_and_both_branches_can_be_restored() {
         agent.wait_archived(end, MINUTE);
         let status = agent.wait_status(MINUTE, "healthy", |status| status["healthy"] == true);
         assert_eq!(status["gaps"].as_array().map(Vec::len), Some(0), "{status}");
-        let old_folder = cluster_folder(&walden.repository(), "main", &copy);
+        let old_folder = cluster_folder(&store.folder, "main", &copy);
         compare_stored(&old_folder, &postgres.oracle).assert_whole(3);
 
+        wait_covered(&old_folder, 2);
         assert_rows(&restore(&walden, major, "old", &["--timeline", "1"]), &old);
         assert_rows(&restore(&walden, major, "new", &[]), &new);
         let middle = new[kept.len() + 4].lsn.to_string();
@@ -290,7 +307,115 @@ fn a_restored_copy_is_followed_and_both_branches_can_be_restored() {
         agent.wait_status(MINUTE, "the third branch", |status| status["timeline"] == number);
         let end = third.switch_wal();
         agent.wait_archived(end, MINUTE);
+        wait_covered(&old_folder, number);
         assert_rows(&restore(&walden, major, "third-again", &[]), &rows);
         assert_rows(&restore(&walden, major, "new-again", &["--timeline", "2"]), &new);
+    }
+}
+
+/// Somebody restored a copy under the same cluster, and it archived for a while on a timeline of its own with a higher number. The
+/// server goes on on its own timeline, whatever the spool tells: its own, none, or the copy's. A restore gives the server, not the
+/// copy, unless it is asked for by its number. A twin that was given the server's number, and the server's own past, are refused and
+/// waited for (I7, I10, I20).
+#[test]
+fn a_server_goes_on_beside_the_newer_timeline_of_a_copy() {
+    for major in few(&[15, 18]) {
+        let stage = Stage::new("beside");
+        let mut postgres = Postgres::builder(major).wal_segsize(1).setting("wal_keep_size", "64MB").start(&stage);
+        let walden = Walden::local(&stage, &postgres, "[archive]\ntail_interval = \"200ms\"\n");
+        let mut agent = walden.run_connected();
+        let mut ledger = Ledger::create(&postgres);
+        ledger.commit_many(3);
+        walden.ok(&["backup"]);
+        let fork = ledger.commit_many(2)[1].lsn;
+        let mut rows: Vec<Entry> = ledger.entries().to_vec();
+        drop(ledger);
+        archive_all(&postgres, &mut agent);
+        postgres.stop_fast();
+        let (past, twin) = (stage.join("past"), stage.join("twin"));
+        for copy in [&past, &twin] {
+            assert!(stage.command("cp").arg("-a").arg(&postgres.data).arg(copy).status().expect("cp runs").success());
+        }
+        postgres.start();
+        promote_in_place(&mut postgres);
+        let mut ledger = Ledger::create(&postgres);
+        rows.extend(ledger.commit_many(3));
+        drop(ledger);
+        agent.wait_status(MINUTE, "the second timeline", |status| status["timeline"] == 2);
+        archive_all(&postgres, &mut agent);
+        assert!(agent.sigterm(MINUTE).success(), "{}", agent.log_tail());
+
+        let copy = restore(&walden, major, "copy", &["--timeline", "1", "--target-lsn", &fork.to_string()]);
+        assert_eq!(timeline_of(&copy), 3);
+        let config = fs::read_to_string(walden.config_path()).expect("the configuration");
+        let listen = config.lines().find(|line| line.starts_with("listen")).expect("a port").to_owned();
+        let for_server = |server: &Postgres, spool: &str| {
+            let config = config
+                .replace(&postgres.socket_url(), &server.socket_url())
+                .replace(&listen, &format!("listen = \"127.0.0.1:{}\"", parts::free_port()))
+                .replace("/spool\"", &format!("/{spool}\""))
+                .replace("/state\"", &format!("/state-{spool}\""));
+            Walden::with_config(&stage, &config)
+        };
+        let mut copied = for_server(&copy, "of-the-copy").run_connected();
+        let mut ledger = Ledger::create(&copy);
+        let mut of_the_copy = rows[..5].to_vec();
+        of_the_copy.extend(ledger.commit_many(7));
+        drop(ledger);
+        let end = copy.switch_wal();
+        copied.wait_archived(end, MINUTE);
+        copied.wait_status(MINUTE, "healthy", |status| status["healthy"] == true && status["timeline"] == 3);
+        assert!(copied.sigterm(MINUTE).success(), "{}", copied.log_tail());
+        drop(copy);
+
+        let folder = cluster_folder(&walden.repository(), "main", &postgres);
+        for spool in ["fresh", "of-the-copy", "spool"] {
+            let mut agent = for_server(&postgres, spool).run();
+            let mut ledger = Ledger::create(&postgres);
+            rows.extend(ledger.commit_many(2));
+            drop(ledger);
+            let status = agent.wait_status(MINUTE, "the server's own timeline", |status| {
+                status["timeline"] == 2 && !has_cause(status, "not_connected")
+            });
+            assert!(!has_cause(&status, "diverged"), "{status}");
+            archive_all(&postgres, &mut agent);
+            // Also after a restart, with what the spool holds by now.
+            agent.kill9();
+            let mut agent = for_server(&postgres, spool).run();
+            archive_all(&postgres, &mut agent);
+            let status = agent.wait_status(MINUTE, "healthy", |status| status["healthy"] == true);
+            assert_eq!(status["gaps"].as_array().map(Vec::len), Some(0), "{spool}: {status}");
+            wait_covered(&folder, 2);
+            assert!(agent.sigterm(MINUTE).success(), "{}", agent.log_tail());
+        }
+        compare_stored(&folder, &postgres.oracle).assert_whole(4);
+        let target = stage.join("unused").display().to_string();
+        let planned = walden.exec(&["restore", "--dry-run", "--pgdata", &target]);
+        assert!(planned.stdout.contains("on timeline 2") && planned.stdout.contains("--timeline 3"), "{planned:?}");
+        assert_rows(&restore(&walden, major, "server", &[]), &rows);
+        assert_rows(&restore(&walden, major, "copy-again", &["--timeline", "3"]), &of_the_copy);
+
+        let before = content(&walden.repository());
+        // As if nobody had told it of the other promotion: the number is given a second time.
+        let mut twin = Postgres::over(&stage, major, &twin);
+        twin.start();
+        Ledger::create(&twin).commit_many(9);
+        promote_in_place(&mut twin);
+        let mut refused = for_server(&twin, "of-the-twin").run();
+        let status = refused.wait_status(MINUTE, "the twin to be refused", |status| has_cause(status, "diverged"));
+        assert!(status.to_string().contains("timeline 2 of the server is not the one that is held"), "{status}");
+        refused.sigterm(MINUTE);
+        let mut past = Postgres::over(&stage, major, &past);
+        past.start();
+        Ledger::create(&past).commit_many(9);
+        let mut waiting = for_server(&past, "of-the-past").run();
+        let status = waiting.wait_status(MINUTE, "the past to be named", |status| {
+            status
+                .to_string()
+                .contains("the server is on timeline 1, and timeline 3 is held, which came after it and left it at")
+        });
+        assert!(has_cause(&status, "not_connected") && status["healthy"] == false, "{status}");
+        waiting.sigterm(MINUTE);
+        assert_eq!(before, content(&walden.repository()), "the repository was changed");
     }
 }

@@ -13,6 +13,8 @@ pub mod ledger;
 pub mod oracle;
 pub mod parts;
 pub mod postgres;
+pub mod random;
+pub mod repository;
 pub mod s3_double;
 pub mod s3_moto;
 pub mod s3_proxy;
@@ -29,6 +31,8 @@ pub fn is_full() -> bool {
 
 pub use ledger::{Entry, Ledger, Recorder};
 pub use postgres::{Builder, Load, Postgres};
+pub use random::Random;
+pub use repository::{Kind, Store};
 pub use sql::Sql;
 pub use stage::Stage;
 pub use wait::{eventually, wait_until};

@@ -25,6 +25,8 @@ pub fn examine(
     spool(settings, agent, report);
     if !adopted {
         other_cluster(settings, system, report);
+    } else if let Some(system) = system {
+        succeeded(settings, agent, system, report);
     }
     let path = &settings.state.path;
     report.add(match writable(path) {
@@ -83,6 +85,19 @@ fn other_cluster(settings: &Settings, system: Option<SystemIdentifier>, report: 
                 "correct postgres.url, or give this cluster its own archive.cluster; if it has replaced the other one: walden adopt --system-identifier {system}"
             ),
         ));
+    }
+}
+
+/// WAL of a cluster that this one has succeeded may be nowhere else.
+fn succeeded(settings: &Settings, agent: &Agent, system: SystemIdentifier, report: &mut Report) {
+    let (root, cluster) = (&settings.spool.path, &settings.archive.cluster);
+    let known = Spool::known_systems(root, cluster).unwrap_or_default();
+    for other in known.into_iter().filter(|other| *other != system) {
+        if !agent.is_running && Spool::holds_anything(root, cluster, other) {
+            let message = format!("the spool holds WAL of system {other}, which {system} has succeeded");
+            let hint = "run ships what the repositories lack of it to its own folder; do not remove it before";
+            report.add(Check::remark("spool.identity", message, hint));
+        }
     }
 }
 

@@ -4,7 +4,7 @@ use futures_util::future::join_all;
 
 use super::report::Check;
 use crate::config::Settings;
-use crate::postgres::{ConnectSettings, PostgresError, ReplicationConnection, SlotState, SystemInfo};
+use crate::postgres::{ConnectSettings, PostgresError, ReplicationConnection, SlotState, Sql, SystemInfo};
 
 /// One line for each host but the one numbered `connected`, which is the server that `info` is of. Nothing is created.
 pub async fn examine(
@@ -38,7 +38,10 @@ async fn look(
 ) -> Result<(SystemInfo, SlotState), PostgresError> {
     let mut connection = ReplicationConnection::connect_to_any(connect, host).await?;
     let info = connection.identify_system().await?;
-    let slot = connection.read_slot(&settings.postgres.slot).await?;
+    let slot = match connection.read_slot(&settings.postgres.slot).await? {
+        SlotState::Unknown => Sql::slot_state(&connect.this_host(host), &settings.postgres.slot).await,
+        state => state,
+    };
     Ok((info, slot))
 }
 
@@ -60,8 +63,16 @@ fn judge(
             return Check::error(name, &error, error.hint());
         }
         SlotState::Exists { restart_lsn: Some(from), .. } => format!("\"{slot}\" holds WAL from {from}"),
-        SlotState::Exists { .. } => format!("\"{slot}\" is there"),
-        SlotState::Unknown => format!("before PostgreSQL 15 only SQL can tell whether \"{slot}\" is there"),
+        SlotState::Exists { .. } => {
+            let message = format!("\"{slot}\" holds no WAL: it was never used, or the server invalidated it");
+            return Check::remark(name, message, "run makes it hold WAL; until then a failover to it may leave a gap");
+        }
+        SlotState::Unknown => {
+            let message = format!(
+                "before PostgreSQL 15 only SQL can tell whether \"{slot}\" is there, and from where on it holds WAL"
+            );
+            return Check::remark(name, message, "let the role open ordinary connections there to know it");
+        }
         SlotState::Missing if create_slot => format!("\"{slot}\" is not there yet; run will create it"),
         SlotState::Missing => {
             let hint = format!("there: SELECT pg_create_physical_replication_slot('{slot}', true)");
@@ -106,6 +117,10 @@ mod tests {
         assert_eq!(judged(info(7, 3), at(Some(Lsn::new(0x300_0000)))).verdict, Verdict::Good);
         assert_eq!(judged(info(7, 3), SlotState::Missing).verdict, Verdict::Good);
         assert_eq!(judged(info(8, 3), at(None)).verdict, Verdict::Failed);
+        // What is not known is not called good, nor is a slot that keeps nothing.
+        for state in [SlotState::Unknown, at(None)] {
+            assert_eq!(judged(info(7, 3), state).verdict, Verdict::Remark, "{state:?}");
+        }
         assert_eq!(judged(info(7, 3), SlotState::NotPhysical).verdict, Verdict::Failed);
     }
 }
