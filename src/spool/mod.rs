@@ -111,6 +111,9 @@ pub struct SpoolContents {
     pub foreign: Vec<PathBuf>,
 }
 
+/// What the spool of one cluster consists of.
+const FOLDERS: [&str; 5] = ["wal", "tail", "gaps", "open", "quarantine"];
+
 /// The spool of one cluster.
 #[derive(Clone, Debug)]
 pub struct Spool {
@@ -126,7 +129,7 @@ impl Spool {
     /// `<root>/<cluster>/<system identifier>`, created if missing.
     pub fn open(disk: Disk, root: &Path, cluster: &str, system: SystemIdentifier) -> Result<Self, SpoolError> {
         let folder = root.join(cluster).join(system.to_string());
-        for sub in ["wal", "tail", "gaps", "open", "quarantine"] {
+        for sub in FOLDERS {
             let path = folder.join(sub);
             disk.create_folders(&path).map_err(at("create", &path))?;
         }
@@ -147,6 +150,26 @@ impl Spool {
         }
         systems.sort();
         Ok(systems)
+    }
+
+    /// Refuses a spool of which somebody else owns a folder, or may write to one: what lies there could be anybody's (I18). What is
+    /// not there yet is made for its owner alone.
+    pub fn check_private(disk: &Disk, root: &Path, cluster: &str) -> Result<(), SpoolError> {
+        let cluster = root.join(cluster);
+        let mut folders = vec![root.to_path_buf(), cluster.clone()];
+        for entry in std::fs::read_dir(&cluster).into_iter().flatten().flatten() {
+            if entry.file_name().to_str().is_some_and(|name| name.parse::<SystemIdentifier>().is_ok()) {
+                folders.push(entry.path());
+                folders.extend(FOLDERS.map(|sub| entry.path().join(sub)));
+            }
+        }
+        for folder in folders {
+            match disk.check_private(&folder) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                checked => checked.map_err(at("use", &folder))?,
+            }
+        }
+        Ok(())
     }
 
     /// Takes the root for this process alone. Two agents in one spool would each take the other's files for their own.
