@@ -22,6 +22,9 @@ pub fn run(settings: &Settings, output: &Output, args: &RestoreArgs) -> Result<u
     let request = reading::request(&args.target)?;
     let pgdata = absolute(&args.pgdata)?;
     let configuration = configuration(settings, args)?;
+    if !args.dry_run {
+        restore::refuse_occupied(&pgdata, args.force)?;
+    }
     reading::runtime()?.block_on(async {
         let repositories = reading::open(settings).await?;
         let plan = restore::plan(&repositories, args.system.system_identifier, &request).await?;
@@ -41,10 +44,13 @@ pub fn run(settings: &Settings, output: &Output, args: &RestoreArgs) -> Result<u
             true => Some(restore::check_can_start(plan.backup.postgres_version / 10_000)?),
             false => None,
         };
+        let options = options(settings, args, &pgdata);
+        // The plan is told when it will be carried out, not in front of a refusal.
+        restore::check_places(&plan, &options)?;
         for line in reading::plan_lines(&plan) {
             output.note(&line);
         }
-        fetch(&plan, settings, output, args, &pgdata, &configuration).await?;
+        fetch(&plan, settings, output, &options, &configuration).await?;
         if let Some(bin) = bin {
             start(&plan, output, &pgdata, bin, args).await?;
         }
@@ -108,26 +114,28 @@ fn configuration(settings: &Settings, args: &RestoreArgs) -> Result<Configuratio
     })
 }
 
+fn options(settings: &Settings, args: &RestoreArgs, pgdata: &Path) -> RestoreOptions {
+    let tablespaces =
+        args.tablespace_map.iter().map(|entry| TablespaceMap { old: entry.old.clone(), new: entry.new.clone() });
+    RestoreOptions {
+        pgdata: pgdata.into(),
+        tablespaces: tablespaces.collect(),
+        force: args.force,
+        jobs: args.jobs.map_or_else(|| settings.restore.jobs_or_cpus(), usize::from),
+    }
+}
+
 async fn fetch(
     plan: &Plan,
     settings: &Settings,
     output: &Output,
-    args: &RestoreArgs,
-    pgdata: &Path,
+    options: &RestoreOptions,
     configuration: &Configuration,
 ) -> Result<(), CliError> {
     let total = plan.backup.size_bytes;
     let bar = output.progress(Some(total), format!("restoring {}", plan.backup.id));
     let progress = Arc::new(Bar { bar: bar.clone(), total, told: std::sync::Mutex::new(Instant::now()) });
-    let tablespaces =
-        args.tablespace_map.iter().map(|entry| TablespaceMap { old: entry.old.clone(), new: entry.new.clone() });
-    let options = RestoreOptions {
-        pgdata: pgdata.into(),
-        tablespaces: tablespaces.collect(),
-        force: args.force,
-        jobs: args.jobs.map_or_else(|| settings.restore.jobs_or_cpus(), usize::from),
-    };
-    let restored = restore::restore(plan, &options, configuration, progress).await;
+    let restored = restore::restore(plan, options, configuration, progress).await;
     bar.finish_and_clear();
     let restored = restored?;
     for (from, to) in &restored.renamed {
@@ -145,7 +153,7 @@ async fn fetch(
     if !needed.is_empty() {
         output.note(&format!("PostgreSQL's own environment must have {}, for the restore_command", needed.join(", ")));
     }
-    output.note(&format!("restored {} to {}", plan.backup.id, pgdata.display()));
+    output.note(&format!("restored {} to {}", plan.backup.id, options.pgdata.display()));
     Ok(())
 }
 

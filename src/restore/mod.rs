@@ -32,7 +32,7 @@ pub use configure::{
     ArchiveMode, CommandLine, ConfigSource, Configuration, configuration_lines, settings, written_files,
 };
 pub use error::{RestoreError, repository_exit_code};
-pub use fetch::{FetchProgress, RestoreOptions, Restored, TablespaceMap, restore};
+pub use fetch::{FetchProgress, RestoreOptions, Restored, TablespaceMap, check_places, refuse_occupied, restore};
 pub use plan::{RecoveryStop, target_settings};
 pub use plan_file::{PLAN_FILE, PlanFile};
 pub use quoting::{config_quoted, restore_command_path, shell_quoted};

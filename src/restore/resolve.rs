@@ -92,9 +92,13 @@ async fn plan_once(archive: &Archive, request: &Request) -> Result<Plan, Restore
         Err(Failure::Other(error)) => return Err(error),
         Ok(plan) => return Ok(plan),
     };
-    Err(RestoreError::Unreachable { why, hint, windows: windows(archive, &catalog).await? })
+    let windows = windows(archive, &catalog).await?;
+    let hint = if windows.is_empty() { NO_WINDOW } else { hint };
+    Err(RestoreError::Unreachable { why, hint, windows })
 }
 
+/// What to do where there is nothing to choose from.
+const NO_WINDOW: &str = "take a base backup with `walden backup`, or look into another repository (`--repository`)";
 /// What to do where nothing better is known.
 const CHOOSE: &str = "choose a target inside one of the windows that `walden list` shows";
 
