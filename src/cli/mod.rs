@@ -14,6 +14,7 @@ pub mod deliver;
 mod adopt;
 mod backup;
 mod check;
+mod contact;
 mod http;
 mod list;
 mod man;
