@@ -5,8 +5,8 @@
 //! - Reads the repository alone: neither the agent nor its spool nor the server that was archived.
 //! - Writes below the new data directory and the tablespaces' directories only, through directory handles, following no link
 //!   (I17). `global/pg_control` is written last: a restore that was interrupted cannot be started.
-//! - Every restore sets a recovery target, so that PostgreSQL itself refuses to open too early; the exit statuses of `wal-fetch`
-//!   are the second line of defence (I12).
+//! - Every restore that replays anything sets a recovery target, so that PostgreSQL itself refuses to open too early; the exit
+//!   statuses of `wal-fetch` are the second line of defence (I12).
 
 mod configure;
 mod directory;

@@ -177,6 +177,8 @@ async fn resolve(archive: &Archive, catalog: &Catalog, request: &Request) -> Res
         Target::Immediate => immediate(archive, catalog, &branch, &stretches, request).await?,
         _ => searched(archive, catalog, &branch, &stretches, request).await?,
     };
+    let action = plan::check_action(resolved.stop, request.action);
+    action.map_err(|why| Failure::Unreachable(why, "give `--action promote`"))?;
     finish(archive, &branch, request, resolved).await
 }
 
