@@ -10,7 +10,7 @@ use super::args::{ArchiveMode, RestoreArgs};
 use super::error::CliError;
 use super::output::Output;
 use super::{exit, reading};
-use crate::config::Settings;
+use crate::config::{Settings, StoreSettings};
 use crate::restore::{
     self, ConfigSource, Configuration, FetchProgress, Plan, RestoreOptions, StartOptions, TablespaceMap,
 };
@@ -22,6 +22,7 @@ pub fn run(settings: &Settings, output: &Output, args: &RestoreArgs) -> Result<u
     let request = reading::request(&args.target)?;
     let pgdata = absolute(&args.pgdata)?;
     let configuration = configuration(settings, args)?;
+    refuse_own_places(settings, &pgdata)?;
     if !args.dry_run {
         restore::refuse_occupied(&pgdata, args.force)?;
     }
@@ -69,6 +70,40 @@ fn absolute(path: &Path) -> Result<PathBuf, CliError> {
             format!("give --pgdata an absolute path instead of {}", path.display()),
         )
     })
+}
+
+/// With `--force` a repository given as the directory would be renamed, and nothing could be restored any more.
+fn refuse_own_places(settings: &Settings, pgdata: &Path) -> Result<(), CliError> {
+    let local = settings.repositories.iter().filter_map(|repository| match &repository.store {
+        StoreSettings::Local { path } => Some((format!("the repository \"{}\"", repository.name), path)),
+        StoreSettings::S3(_) => None,
+    });
+    let own = [("the spool".to_owned(), &settings.spool.path), ("the state".to_owned(), &settings.state.path)];
+    let wanted = real(pgdata);
+    for (what, path) in local.chain(own).filter(|(_, path)| path.exists()) {
+        let path = real(path);
+        if wanted.starts_with(&path) || path.starts_with(&wanted) {
+            return Err(CliError::new(
+                exit::USAGE,
+                format!("{} and {what} at {} lie in each other", pgdata.display(), path.display()),
+                "give --pgdata another directory",
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Without links and dots, as far as it is there.
+fn real(path: &Path) -> PathBuf {
+    let found = path.ancestors().find_map(|above| Some((above, above.canonicalize().ok()?)));
+    match found {
+        // Only parts, so that no slash is added where nothing follows.
+        Some((above, mut real)) => {
+            real.extend(path.strip_prefix(above).into_iter().flat_map(Path::components));
+            real
+        }
+        None => path.to_owned(),
+    }
 }
 
 /// How PostgreSQL's `restore_command` will find this program and its settings.

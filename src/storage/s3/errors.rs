@@ -13,7 +13,9 @@ use crate::storage::StorageError;
 const CAUSE_CHARS_MAX: usize = 300;
 
 /// What the SDK and its HTTP client wrap around a reason, in their own words.
-const WRAPPERS: [&str; 8] = [
+const WRAPPERS: [&str; 10] = [
+    "an error occurred while loading credentials",
+    "service error",
     "dispatch failure",
     "io error",
     "timeout",
