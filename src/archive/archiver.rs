@@ -90,7 +90,13 @@ impl Archiver {
         let disk = Disk::default();
         let (lock, agent) = {
             let (disk, root, patience) = (disk.clone(), settings.spool_path.clone(), settings.lock_patience);
-            blocking(move || Ok((lock_spool(&disk, &root, patience)?, Spool::agent_id(&disk, &root)?))).await?
+            let cluster = settings.cluster.clone();
+            blocking(move || {
+                let lock = lock_spool(&disk, &root, patience)?;
+                Spool::check_private(&disk, &root, &cluster)?;
+                Ok((lock, Spool::agent_id(&disk, &root)?))
+            })
+            .await?
         };
         let identity = identity::find(&disk, &settings, &board, &shutdown).await?;
         let Identity { system, segment_size, .. } = identity;

@@ -95,7 +95,9 @@ impl Uploader {
                     let name = self.shown.name();
                     self.turn.is_anothers(name);
                     let why = format!(
-                        "repository {name}: agent {agent} on {host} holds the lease (renewed {renewed}); standing by"
+                        "repository {name}: agent {agent} on {host} holds the lease (renewed {renewed}), and this one stands by; \
+                         nothing, if that is the agent that should archive; else stop it, and this one takes over {} s later",
+                        LEASE_TTL.as_secs()
                     );
                     self.board.raise(CauseCode::LeaseHeld, why);
                     LEASE_POLL

@@ -9,7 +9,8 @@
 //!   archived (I16). A backup that fails or is cancelled leaves no `backup.json`, and what it stored is removed as far as possible.
 //! - Memory is bounded by the parts in flight, not by the database; only 8 bytes per file are kept (I17).
 //! - The server's tar and manifest are not trusted: names that leave the data directory, links, lying sizes and checksums are errors.
-//! - A part that cannot be stored is tried again without an end, with growing delays; the server waits meanwhile.
+//! - A part that cannot be stored is tried again without an end, with growing delays; the server waits meanwhile. Only the first
+//!   contact may have a bound: whoever waits for a command is told of a wrong key or bucket at once.
 //!
 //! What the volumes look like is in docs/format.md. Not here: when to take a backup, and who archives the WAL.
 
@@ -41,7 +42,7 @@ use crate::wal::{Lsn, PgTime, TimelineId};
 pub use error::BackupError;
 
 use stream::{StreamJob, Streamed};
-use upload::{Uploader, until_done};
+use upload::{Uploader, until_done, until_due};
 
 /// Larger volumes would need more parts than a store takes.
 const VOLUME_BYTES_MAX: u64 = 64 << 30;
@@ -69,6 +70,9 @@ pub struct BackupRequest {
     pub compression_level: i32,
     pub upload_concurrency: usize,
     pub retry_delay_max: Duration,
+    /// How long a repository that does not answer is waited for before the first byte is asked for; what cannot pass by itself ends
+    /// the backup at once then. `None`: without an end.
+    pub first_contact: Option<Duration>,
     /// How long to wait for the WAL through the stop LSN.
     pub wal_timeout: Duration,
     /// The server's time where it is known, else the agent's.
@@ -139,10 +143,15 @@ pub async fn take(
 /// A writer per repository, all under one id: the start time's second, or the next one that is free in all of them.
 async fn writers(request: &BackupRequest, stop: &CancellationToken) -> Result<Vec<BackupWriter>, BackupError> {
     let mut id = BackupId::full_at((request.clock)());
+    let deadline = request.first_contact.map(|patience| Instant::now() + patience);
     loop {
         let mut writers: Vec<BackupWriter> = Vec::new();
         for archive in &request.archives {
-            let writer = until_done(stop, request.retry_delay_max, None, || archive.backup_writer(id.clone())).await?;
+            let writer = || archive.backup_writer(id.clone());
+            let writer = match deadline {
+                None => until_done(stop, request.retry_delay_max, None, writer).await?,
+                Some(deadline) => until_due(stop, request.retry_delay_max, deadline, writer).await?,
+            };
             id = writer.id().clone();
             writers.push(writer);
         }

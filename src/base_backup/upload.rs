@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures_util::future::try_join_all;
@@ -256,6 +256,37 @@ where
                 attempts = backoff.attempts(),
                 "storing a part of the base backup failed; trying again"
             );
+        }
+        tokio::select! {
+            () = stop.cancelled() => return Err(BackupError::Cancelled),
+            () = tokio::time::sleep(delay) => {}
+        }
+    }
+}
+
+/// Calls until it works, as long as its error may pass by itself and `deadline` has not come.
+pub(super) async fn until_due<T, F>(
+    stop: &CancellationToken,
+    delay_max: Duration,
+    deadline: Instant,
+    call: impl Fn() -> F,
+) -> Result<T, BackupError>
+where
+    F: Future<Output = Result<T, RepositoryError>>,
+{
+    let mut backoff = Backoff::new(delay_max);
+    loop {
+        let error = tokio::select! {
+            biased;
+            () = stop.cancelled() => return Err(BackupError::Cancelled),
+            result = call() => match result {
+                Ok(value) => return Ok(value),
+                Err(error) => error,
+            },
+        };
+        let delay = backoff.next_delay();
+        if !error.may_pass() || Instant::now() + delay >= deadline {
+            return Err(error.into());
         }
         tokio::select! {
             () = stop.cancelled() => return Err(BackupError::Cancelled),

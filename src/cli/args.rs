@@ -284,7 +284,7 @@ pub struct PointArgs {
     #[arg(long, value_name = "X", value_parser = parse_xid)]
     pub target_xid: Option<u64>,
     /// A restore point made by pg_create_restore_point
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", value_parser = clap::builder::NonEmptyStringValueParser::new())]
     pub target_name: Option<String>,
     /// latest: the end of all WAL that is held; immediate: the end of the backup [default: latest]
     #[arg(long, value_enum, value_name = "WHICH")]
@@ -392,6 +392,13 @@ impl Cli {
     pub fn repository_name(&self) -> Option<&str> {
         let given = self.quick.repository.as_deref()?;
         (self.command.is_reading() && !given.contains('/')).then_some(given)
+    }
+
+    /// What was given with `--repository` to a command that writes, and might be meant as a name.
+    pub fn bare_repository(&self) -> Option<&str> {
+        let writes =
+            matches!(self.command, Command::Run(_) | Command::Check(_) | Command::Backup(_) | Command::Adopt(_));
+        self.quick.repository.as_deref().filter(|given| writes && !given.contains('/'))
     }
 
     pub fn quick_settings(&self) -> QuickSettings {

@@ -1,25 +1,26 @@
 //! `walden backup`: one base backup now. Beside a running agent it relies on it for the WAL; alone it archives what it needs itself.
 
+mod alone;
+
 use std::sync::Arc;
 
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::args::BackupArgs;
 use super::error::CliError;
 use super::output::{Output, size};
-use super::{exit, http, run::watch_stop};
-use crate::archive::{ArchiveError, Archiver};
-use crate::base_backup::{self, Progress, Stage};
+use super::{contact, exit, http, run::watch_stop};
+use crate::archive::{ArchiveError, Archiver, Streaming, Target};
+use crate::base_backup::{self, BackupError, Progress, Stage};
 use crate::config::Settings;
 use crate::daemon::{self, backups};
 use crate::postgres::{ConnectSettings, PostgresError, ReplicationConnection};
-use crate::repository::BackupJson;
+use crate::repository::{BackupJson, RepositoryError};
 use crate::spool::SpoolError;
-use crate::telemetry::{Board, CauseCode, StatusJson};
-use crate::wal::TimelineId;
+use crate::telemetry::StatusJson;
+use crate::wal::{SystemIdentifier, TimelineId};
 
-/// How often it is looked whether the WAL can come at all.
-const CAUSE_POLL: std::time::Duration = std::time::Duration::from_millis(200);
 /// An agent that has an answer gives it at once.
 const AGENT_PATIENCE: std::time::Duration = std::time::Duration::from_secs(3);
 
@@ -66,9 +67,8 @@ async fn take(
     args: &BackupArgs,
     shutdown: CancellationToken,
 ) -> Result<BackupJson, CliError> {
-    let refused = |error: daemon::DaemonError| CliError::from_error(error.exit_code(), &error, error.hint());
-    let targets = daemon::open_targets(settings).await.map_err(refused)?;
-    let connect = daemon::postgres_settings(settings).map_err(|e| refused(e.into()))?;
+    let targets = daemon::open_targets(settings).await.map_err(|error| alone::refused(&error))?;
+    let connect = daemon::postgres_settings(settings).map_err(|error| alone::refused(&error.into()))?;
     let board = daemon::board(settings, &targets);
     // Asked first, so that a wrong host or password ends here and is not retried.
     let failed = |e: crate::postgres::PostgresError| CliError::from_error(exit::FAILED, &e, e.hint());
@@ -79,27 +79,30 @@ async fn take(
     let mut plan = daemon::archiver_settings(settings, connect.clone());
     // A running agent is found by its lock at once.
     plan.lock_patience = std::time::Duration::ZERO;
+    let patience = contact::patience(settings);
     for target in &targets {
-        // A repository that does not answer is an error now, not something to wait for.
-        let failed = |e: crate::storage::StorageError| CliError::from_error(exit::FAILED, &e, e.hint());
-        target.store.probe(&format!("{}/walden-check/", settings.archive.cluster)).await.map_err(failed)?;
+        let look = || look(target, &settings.archive.cluster, info.system_identifier);
+        let kept_by = tokio::select! {
+            looked = contact::first(target, patience, look) => looked?,
+            () = shutdown.cancelled() => return Err(cancelled()),
+        };
         // Also beside a running agent, whose server may have been replaced meanwhile.
-        let found = info.system_identifier;
-        if let Some(expected) = target.repository.succession().await?.kept_by(found) {
-            let error = ArchiveError::OtherCluster { found, expected };
+        if let Some(expected) = kept_by {
+            let error = ArchiveError::OtherCluster { found: info.system_identifier, expected };
             return Err(CliError::new(exit::REFUSED, error.describe(), error.hint()));
         }
     }
-    let archiver = match Archiver::start(plan, targets.clone(), board.clone(), shutdown.child_token()).await {
+    let started = tokio::select! {
+        started = Archiver::start(plan, targets.clone(), board.clone(), shutdown.child_token()) => started,
+        error = alone::store_fails(&board, patience) => return Err(error),
+    };
+    let archiver = match started {
         Ok(archiver) => Some(archiver),
         Err(ArchiveError::Spool(SpoolError::InUse { .. })) => {
             output.note("an agent is running here: it archives the WAL");
             None
         }
-        Err(error) => {
-            let code = if error.is_refusal() { exit::REFUSED } else { exit::FAILED };
-            return Err(CliError::new(code, error.describe(), error.hint()));
-        }
+        Err(error) => return Err(alone::refused(&error.into())),
     };
     let archives: Vec<_> = targets.iter().map(|target| target.repository.bind(info.system_identifier)).collect();
     let wal = backups::StoredWal { archives: archives.clone(), segment_size };
@@ -115,37 +118,33 @@ async fn take(
             Stage::Wal => "waiting for the WAL",
         });
     };
+    let cancel = shutdown.child_token();
+    let streaming = archiver.as_ref().map(|archiver| archiver.streaming.clone());
     let backup = async {
-        let connect = whose_wal_comes(settings, connect, archiver.as_ref()).await;
-        let request = backups::request(settings, &settings.backup, connect, archives, args.label.clone(), &board);
-        base_backup::take(request, &wal, Arc::new(progress), shutdown.child_token()).await
+        let connect = whose_wal_comes(settings, connect, streaming).await;
+        let mut request = backups::request(settings, &settings.backup, connect, archives, args.label.clone(), &board);
+        request.first_contact = Some(patience);
+        base_backup::take(request, &wal, Arc::new(progress), cancel.clone()).await
     };
+    let mut backup = std::pin::pin!(backup);
     let taken = match &archiver {
-        None => backup.await,
+        None => backup.await.map_err(|error| CliError::new(exit::FAILED, backups::describe(&error), error.hint())),
         Some(archiver) => tokio::select! {
-            taken = backup => taken,
-            () = archiver.halt.halted() => {
-                let why = archiver.halt.reason();
-                let hint = why.as_ref().map_or("", |why| why.hint());
-                return Err(CliError::new(exit::REFUSED, why.as_ref().map_or_else(String::new, |why| why.describe()), hint));
-            }
-            why = no_slot(&board) => {
-                bar.finish_and_clear();
-                return Err(by_cause(&why));
+            taken = &mut backup => taken.map_err(|error| alone::explain(&error, &board)),
+            error = alone::hopeless(archiver, &board, patience) => {
+                // What was stored of it is removed.
+                cancel.cancel();
+                let _ = backup.await;
+                Err(error)
             }
         },
     };
-    // Alone it is this process that archives, and it knows best why the WAL did not come.
-    let stream = archiver.as_ref().and_then(|_| standing(&board, CauseCode::NotConnected));
     bar.finish_and_clear();
     shutdown.cancel();
     if let Some(archiver) = archiver {
         archiver.stopped().await;
     }
-    taken.map_err(|error| match stream {
-        Some(why) => by_cause(&format!("{}: {why}", backups::describe(&error))),
-        None => CliError::new(exit::FAILED, backups::describe(&error), error.hint()),
-    })
+    taken
 }
 
 /// Of several hosts one whose WAL is archived: that of another timeline would never come. Where it cannot be told, the first that is
@@ -153,14 +152,13 @@ async fn take(
 async fn whose_wal_comes(
     settings: &Settings,
     connect: ConnectSettings,
-    archiver: Option<&Archiver>,
+    streaming: Option<watch::Receiver<Option<Streaming>>>,
 ) -> ConnectSettings {
     let count = connect.targets().len();
     if count < 2 {
         return connect;
     }
-    if let Some(archiver) = archiver {
-        let mut streaming = archiver.streaming.clone();
+    if let Some(mut streaming) = streaming {
         let known = tokio::time::timeout(settings.backup.wal_timeout, streaming.wait_for(Option::is_some)).await;
         let host = known.ok().and_then(|known| known.ok().and_then(|streaming| *streaming)).map(|known| known.host);
         return host.map_or(connect.clone(), |host| connect.this_host(host));
@@ -183,23 +181,20 @@ async fn timeline_of_the_agent(settings: &Settings) -> Option<TimelineId> {
     serde_json::from_str::<StatusJson>(&body).ok()?.timeline
 }
 
-/// A cause's message has what to do behind its first semicolon.
-fn by_cause(why: &str) -> CliError {
-    let (message, hint) = why.split_once("; ").unwrap_or((why, ""));
-    CliError::new(exit::FAILED, message, hint)
+/// Everything that is asked of a repository before the first byte is copied. Gives the system that keeps the server's out, if one does.
+async fn look(
+    target: &Target,
+    cluster: &str,
+    system: SystemIdentifier,
+) -> Result<Option<SystemIdentifier>, RepositoryError> {
+    target.store.probe(&format!("{cluster}/walden-check/")).await?;
+    let archive = target.repository.bind(system);
+    archive.lease().await?;
+    archive.backup_ids().await?;
+    Ok(target.repository.succession().await?.kept_by(system))
 }
 
-/// The message of a cause that stands: what, why, and what to do.
-fn standing(board: &Board, code: CauseCode) -> Option<String> {
-    board.snapshot().causes.into_iter().find(|cause| cause.code == code).map(|cause| cause.message)
-}
-
-/// Without a slot of the right kind the WAL never comes, so nobody is kept waiting for it.
-async fn no_slot(board: &Board) -> String {
-    loop {
-        if let Some(why) = standing(board, CauseCode::SlotMissing) {
-            return why;
-        }
-        tokio::time::sleep(CAUSE_POLL).await;
-    }
+fn cancelled() -> CliError {
+    let error = BackupError::Cancelled;
+    CliError::from_error(exit::FAILED, &error, error.hint())
 }

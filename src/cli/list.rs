@@ -23,7 +23,8 @@ pub fn run(settings: &Settings, output: &Output, args: &ListArgs) -> Result<u8, 
             output.line(found.text().trim_end())?;
         }
         for complaint in &found.catalog.complaints {
-            output.note(format!("passed over: {} {}", complaint.key, complaint.why).trim());
+            let what = format!("{} {}", complaint.key, complaint.why);
+            output.note(&format!("passed over: {}", what.trim()));
         }
         Ok(exit::DONE)
     })

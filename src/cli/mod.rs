@@ -14,6 +14,7 @@ pub mod deliver;
 mod adopt;
 mod backup;
 mod check;
+mod contact;
 mod http;
 mod list;
 mod man;
@@ -92,12 +93,30 @@ fn ended(error: CliError, output: &Output, settings: &Settings) -> Result<u8, Cl
 
 /// A command that reads and was given the name of a repository gets settings with this one alone.
 fn load(cli: &Cli) -> Result<Settings, CliError> {
+    if let Some(name) = cli.bare_repository() {
+        refuse_known_name(cli, name)?;
+    }
     let sources = Sources::from_process(cli.global.config.clone(), cli.quick_settings())?;
     let mut settings = Settings::load(&sources)?;
     if let Some(name) = cli.repository_name() {
         settings.choose_repository(name)?;
     }
     Ok(settings)
+}
+
+/// Whoever gives the name of a configured repository to a command that writes does not mean a directory of that name: WAL would go
+/// there, and be missing where it belongs.
+fn refuse_known_name(cli: &Cli, name: &str) -> Result<(), CliError> {
+    let quick = crate::config::QuickSettings { repository: None, ..cli.quick_settings() };
+    let configured = Settings::load(&Sources::from_process(cli.global.config.clone(), quick)?)?;
+    if !configured.repositories.iter().any(|repository| repository.name == name) {
+        return Ok(());
+    }
+    Err(CliError::new(
+        exit::USAGE,
+        format!("--repository {name} is the name of a configured repository, and this command works with all of them"),
+        format!("leave it out, or write ./{name} if a directory is meant"),
+    ))
 }
 
 /// `run` logs by its settings. A command that somebody waits for shows its progress on the terminal instead, so there only

@@ -10,7 +10,7 @@ use super::args::{ArchiveMode, RestoreArgs};
 use super::error::CliError;
 use super::output::Output;
 use super::{exit, reading};
-use crate::config::Settings;
+use crate::config::{Settings, StoreSettings};
 use crate::restore::{
     self, ConfigSource, Configuration, FetchProgress, Plan, RestoreOptions, StartOptions, TablespaceMap,
 };
@@ -22,6 +22,10 @@ pub fn run(settings: &Settings, output: &Output, args: &RestoreArgs) -> Result<u
     let request = reading::request(&args.target)?;
     let pgdata = absolute(&args.pgdata)?;
     let configuration = configuration(settings, args)?;
+    refuse_own_places(settings, &pgdata)?;
+    if !args.dry_run {
+        restore::refuse_occupied(&pgdata, args.force)?;
+    }
     reading::runtime()?.block_on(async {
         let repositories = reading::open(settings).await?;
         let plan = restore::plan(&repositories, args.system.system_identifier, &request).await?;
@@ -41,10 +45,13 @@ pub fn run(settings: &Settings, output: &Output, args: &RestoreArgs) -> Result<u
             true => Some(restore::check_can_start(plan.backup.postgres_version / 10_000)?),
             false => None,
         };
+        let options = options(settings, args, &pgdata);
+        // The plan is told when it will be carried out, not in front of a refusal.
+        restore::check_places(&plan, &options)?;
         for line in reading::plan_lines(&plan) {
             output.note(&line);
         }
-        fetch(&plan, settings, output, args, &pgdata, &configuration).await?;
+        fetch(&plan, settings, output, &options, &configuration).await?;
         if let Some(bin) = bin {
             start(&plan, output, &pgdata, bin, args).await?;
         }
@@ -63,6 +70,40 @@ fn absolute(path: &Path) -> Result<PathBuf, CliError> {
             format!("give --pgdata an absolute path instead of {}", path.display()),
         )
     })
+}
+
+/// With `--force` a repository given as the directory would be renamed, and nothing could be restored any more.
+fn refuse_own_places(settings: &Settings, pgdata: &Path) -> Result<(), CliError> {
+    let local = settings.repositories.iter().filter_map(|repository| match &repository.store {
+        StoreSettings::Local { path } => Some((format!("the repository \"{}\"", repository.name), path)),
+        StoreSettings::S3(_) => None,
+    });
+    let own = [("the spool".to_owned(), &settings.spool.path), ("the state".to_owned(), &settings.state.path)];
+    let wanted = real(pgdata);
+    for (what, path) in local.chain(own).filter(|(_, path)| path.exists()) {
+        let path = real(path);
+        if wanted.starts_with(&path) || path.starts_with(&wanted) {
+            return Err(CliError::new(
+                exit::USAGE,
+                format!("{} and {what} at {} lie in each other", pgdata.display(), path.display()),
+                "give --pgdata another directory",
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Without links and dots, as far as it is there.
+fn real(path: &Path) -> PathBuf {
+    let found = path.ancestors().find_map(|above| Some((above, above.canonicalize().ok()?)));
+    match found {
+        // Only parts, so that no slash is added where nothing follows.
+        Some((above, mut real)) => {
+            real.extend(path.strip_prefix(above).into_iter().flat_map(Path::components));
+            real
+        }
+        None => path.to_owned(),
+    }
 }
 
 /// How PostgreSQL's `restore_command` will find this program and its settings.
@@ -108,26 +149,28 @@ fn configuration(settings: &Settings, args: &RestoreArgs) -> Result<Configuratio
     })
 }
 
+fn options(settings: &Settings, args: &RestoreArgs, pgdata: &Path) -> RestoreOptions {
+    let tablespaces =
+        args.tablespace_map.iter().map(|entry| TablespaceMap { old: entry.old.clone(), new: entry.new.clone() });
+    RestoreOptions {
+        pgdata: pgdata.into(),
+        tablespaces: tablespaces.collect(),
+        force: args.force,
+        jobs: args.jobs.map_or_else(|| settings.restore.jobs_or_cpus(), usize::from),
+    }
+}
+
 async fn fetch(
     plan: &Plan,
     settings: &Settings,
     output: &Output,
-    args: &RestoreArgs,
-    pgdata: &Path,
+    options: &RestoreOptions,
     configuration: &Configuration,
 ) -> Result<(), CliError> {
     let total = plan.backup.size_bytes;
     let bar = output.progress(Some(total), format!("restoring {}", plan.backup.id));
     let progress = Arc::new(Bar { bar: bar.clone(), total, told: std::sync::Mutex::new(Instant::now()) });
-    let tablespaces =
-        args.tablespace_map.iter().map(|entry| TablespaceMap { old: entry.old.clone(), new: entry.new.clone() });
-    let options = RestoreOptions {
-        pgdata: pgdata.into(),
-        tablespaces: tablespaces.collect(),
-        force: args.force,
-        jobs: args.jobs.map_or_else(|| settings.restore.jobs_or_cpus(), usize::from),
-    };
-    let restored = restore::restore(plan, &options, configuration, progress).await;
+    let restored = restore::restore(plan, options, configuration, progress).await;
     bar.finish_and_clear();
     let restored = restored?;
     for (from, to) in &restored.renamed {
@@ -145,7 +188,7 @@ async fn fetch(
     if !needed.is_empty() {
         output.note(&format!("PostgreSQL's own environment must have {}, for the restore_command", needed.join(", ")));
     }
-    output.note(&format!("restored {} to {}", plan.backup.id, pgdata.display()));
+    output.note(&format!("restored {} to {}", plan.backup.id, options.pgdata.display()));
     Ok(())
 }
 

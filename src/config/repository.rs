@@ -160,5 +160,11 @@ fn endpoint(read: &Reader) -> Result<Option<String>, ConfigError> {
     if rest.trim_end_matches('/').is_empty() || rest.contains(|c: char| c.is_whitespace() || c.is_control()) {
         return Err(read.wrong("endpoint", "must name a host, such as \"https://s3.example.com\""));
     }
+    let host = rest.split('/').next().unwrap_or_default();
+    // An IPv6 address has colons of its own, in brackets.
+    let port = host.rsplit(']').next().unwrap_or_default().rsplit_once(':').map(|(_, port)| port);
+    if port.is_some_and(|port| port.parse::<u16>().map_or(true, |port| port == 0)) {
+        return Err(read.wrong("endpoint", "has a port that is none (1 to 65535)"));
+    }
     Ok(Some(endpoint.trim_end_matches('/').to_owned()))
 }

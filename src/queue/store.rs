@@ -37,6 +37,11 @@ impl Queue {
     }
 
     fn open_or_replace(disk: &Disk, folder: &Path) -> Result<(Self, OpenedAs), QueueError> {
+        match disk.check_private(folder) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            // What lies there could be anybody's (I18).
+            checked => checked.map_err(|error| queue_open(folder, &error))?,
+        }
         let marker = marker_path(folder);
         let expected = std::fs::read_to_string(&marker).ok();
         let first = !folder.exists();

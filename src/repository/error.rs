@@ -99,6 +99,15 @@ impl RepositoryError {
         }
     }
 
+    /// Whether it may be over in a moment by itself.
+    pub fn may_pass(&self) -> bool {
+        match self {
+            Self::Storage(error) => error.may_pass(),
+            Self::Contended { .. } => true,
+            _ => false,
+        }
+    }
+
     /// What to do about it, one sentence.
     pub fn hint(&self) -> &'static str {
         match self {

@@ -91,7 +91,14 @@ impl RestoreError {
             | Self::UnreadableBackup { .. } => {
                 "restore from another repository (`--repository`) or an older backup (`--backup`)"
             }
-            Self::Io { .. } => "check the owner, the mode and the free space of the directory",
+            Self::Io { source, .. } => match source.kind() {
+                io::ErrorKind::NotADirectory => "choose another directory: a file stands in its way",
+                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+                    "make room there, or choose another directory"
+                }
+                io::ErrorKind::ReadOnlyFilesystem => "choose a directory on a file system that can be written to",
+                _ => "let the user that runs Walden own the directory, or choose another one",
+            },
             Self::PlanFile { .. } => "run `walden restore` again: it makes a new plan",
             Self::Changed { .. } => "run it again",
             Self::Timeout { .. } => "check that the store is up, or raise `restore.fetch_timeout`",

@@ -54,6 +54,36 @@ pub struct Restored {
     pub notes: Vec<String>,
 }
 
+/// Refuses a directory that is in use or in the way. Needs no plan, so that it is said before anything is asked for.
+pub fn refuse_occupied(path: &Path, force: bool) -> Result<(), RestoreError> {
+    refuse_running(path)?;
+    if !is_empty(path)? && !force {
+        return Err(RestoreError::NotEmpty { path: path.into() });
+    }
+    may_be_written(path)
+}
+
+/// What would fail later, said before anything is fetched: the directory, or the nearest one above it, must let this user in.
+fn may_be_written(path: &Path) -> Result<(), RestoreError> {
+    use rustix::fs::Access;
+    for at in path.ancestors().filter(|at| !at.as_os_str().is_empty()) {
+        match rustix::fs::access(at, Access::WRITE_OK | Access::EXEC_OK) {
+            Ok(()) => return Ok(()),
+            Err(rustix::io::Errno::NOENT) => {}
+            Err(error) => {
+                let what = if at == path { "written to" } else { "created" };
+                return Err(RestoreError::io(what, path)(error.into()));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Whether the plan can be carried out where the options say: every place, the tablespaces' too. Changes nothing.
+pub fn check_places(plan: &Plan, options: &RestoreOptions) -> Result<(), RestoreError> {
+    Places::check(plan, options).map(|_| ())
+}
+
 /// Restores by the plan. On any error the directory cannot be started: `global/pg_control` is the last file written.
 pub async fn restore(
     plan: &Plan,
@@ -113,10 +143,7 @@ impl Places {
             });
         }
         for path in places.all() {
-            refuse_running(path)?;
-            if !is_empty(path)? && !options.force {
-                return Err(RestoreError::NotEmpty { path: path.into() });
-            }
+            refuse_occupied(path, options.force)?;
         }
         Ok(places)
     }

@@ -5,8 +5,8 @@
 //! - Reads the repository alone: neither the agent nor its spool nor the server that was archived.
 //! - Writes below the new data directory and the tablespaces' directories only, through directory handles, following no link
 //!   (I17). `global/pg_control` is written last: a restore that was interrupted cannot be started.
-//! - Every restore sets a recovery target, so that PostgreSQL itself refuses to open too early; the exit statuses of `wal-fetch`
-//!   are the second line of defence (I12).
+//! - Every restore that replays anything sets a recovery target, so that PostgreSQL itself refuses to open too early; the exit
+//!   statuses of `wal-fetch` are the second line of defence (I12).
 
 mod configure;
 mod directory;
@@ -32,7 +32,7 @@ pub use configure::{
     ArchiveMode, CommandLine, ConfigSource, Configuration, configuration_lines, settings, written_files,
 };
 pub use error::{RestoreError, repository_exit_code};
-pub use fetch::{FetchProgress, RestoreOptions, Restored, TablespaceMap, restore};
+pub use fetch::{FetchProgress, RestoreOptions, Restored, TablespaceMap, check_places, refuse_occupied, restore};
 pub use plan::{RecoveryStop, target_settings};
 pub use plan_file::{PLAN_FILE, PlanFile};
 pub use quoting::{config_quoted, restore_command_path, shell_quoted};

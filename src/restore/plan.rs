@@ -1,7 +1,7 @@
 //! What a restore to a target needs, decided before anything is written (I5). Pure: it sees a catalog and what a search has found.
 
 use super::search::{Cut, Stop};
-use super::target::{Request, Target};
+use super::target::{Request, Target, TargetAction};
 use crate::repository::{BackupId, BackupJson, Catalog, Held, Piece, Stretch};
 use crate::seal::Compression;
 use crate::wal::{Lsn, ParameterChange, PgTime, SegmentName, SegmentSize, TimelineHistory, TimelineId};
@@ -69,6 +69,10 @@ pub enum RecoveryStop {
     },
     /// `recovery_target = 'immediate'`: before the first record after the backup's stop LSN, which must be there.
     Immediate,
+    /// No target: the record that the backup begins with, a shutdown checkpoint, is the last one, so that nothing is replayed. Where
+    /// nothing is, PostgreSQL reaches no target and ends with a FATAL ("redo is not required" in `PerformWalRecovery`, the same file).
+    /// It cannot open too early either: without that record it does not start.
+    NothingToReplay,
 }
 
 /// The backup to start from, and how the recovery stops.
@@ -117,7 +121,25 @@ pub fn choose<'a>(
     // Also where no record lies after the backup's stop LSN, as in one from an idle standby: PostgreSQL looks whether it is
     // consistent before it stops behind a record. `immediate` would wait there for a record to stop before, and end with a
     // FATAL (`recoveryStopsBefore`, `recoveryStopsAfter` in `src/backend/access/transam/xlogrecovery.c`).
-    Ok(Choice { backup, stop: RecoveryStop::Lsn { lsn: cut.stop.lsn(), inclusive: cut.stop.inclusive() } })
+    let stop = match cut.stop {
+        Stop::Through { record, .. } if record == backup.start_lsn => RecoveryStop::NothingToReplay,
+        stop => RecoveryStop::Lsn { lsn: stop.lsn(), inclusive: stop.inclusive() },
+    };
+    Ok(Choice { backup, stop })
+}
+
+/// Without a target PostgreSQL promotes.
+pub fn check_action(stop: RecoveryStop, action: TargetAction) -> Result<(), Unreachable> {
+    if stop != RecoveryStop::NothingToReplay || action == TargetAction::Promote {
+        return Ok(());
+    }
+    unreachable(format!(
+        "no WAL lies behind the backup's beginning, and where nothing is replayed PostgreSQL cannot {}",
+        match action {
+            TargetAction::Pause => "pause",
+            _ => "shut down at the target",
+        }
+    ))
 }
 
 fn serves(backup: &BackupJson, cut: &Cut) -> bool {
@@ -272,11 +294,7 @@ const TARGETS: [&str; 5] =
 
 /// The recovery settings in the order in which they must be written: the chosen target comes last, after the other four were
 /// emptied, since a file outside the data directory may set one of them and two targets stop PostgreSQL.
-pub fn target_settings(
-    stop: RecoveryStop,
-    timeline: TimelineId,
-    action: super::target::TargetAction,
-) -> Vec<(&'static str, String)> {
+pub fn target_settings(stop: RecoveryStop, timeline: TimelineId, action: TargetAction) -> Vec<(&'static str, String)> {
     let mut settings = vec![
         ("recovery_target_timeline", timeline.to_string()),
         ("recovery_target_action", action.as_str().to_string()),
@@ -284,6 +302,10 @@ pub fn target_settings(
     let (chosen, value) = match stop {
         RecoveryStop::Immediate => ("recovery_target", "immediate".to_string()),
         RecoveryStop::Lsn { lsn, .. } => ("recovery_target_lsn", lsn.to_string()),
+        RecoveryStop::NothingToReplay => {
+            settings.extend(TARGETS.iter().map(|name| (*name, String::new())));
+            return settings;
+        }
     };
     settings.extend(TARGETS.iter().filter(|name| **name != chosen).map(|name| (*name, String::new())));
     let inclusive = matches!(stop, RecoveryStop::Immediate | RecoveryStop::Lsn { inclusive: true, .. });

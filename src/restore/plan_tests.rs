@@ -68,6 +68,11 @@ fn a_record_to_keep_is_the_target_also_when_it_ends_the_backup() {
     let (id, stop) = chosen(&catalog, &through(2 * MIB + 360, 2 * MIB + 400), None).unwrap();
     assert_eq!(id, "20261120T030000Z-full");
     assert_eq!(stop, RecoveryStop::Lsn { lsn: Lsn::new(2 * MIB + 360), inclusive: true });
+    // The last record held is the one that the backup begins with.
+    let (id, stop) = chosen(&catalog, &through(2 * MIB + 40, 2 * MIB + 400), None).unwrap();
+    assert_eq!((id.as_str(), stop), ("20261120T030000Z-full", RecoveryStop::NothingToReplay));
+    assert!(check_action(stop, TargetAction::Promote).is_ok());
+    assert!(check_action(stop, TargetAction::Pause).is_err_and(|why| why.0.contains("cannot pause")));
     // A record before it: the older backup.
     let (id, stop) = chosen(&catalog, &through(2 * MIB + 300, 2 * MIB + 340), None).unwrap();
     assert_eq!(id, "20261120T020000Z-full");
@@ -261,6 +266,8 @@ fn the_chosen_target_stands_last_and_alone() {
     assert_eq!(settings.last().unwrap(), &("recovery_target", "immediate".to_string()));
     assert_eq!(settings.iter().filter(|(name, _)| *name == "recovery_target").count(), 1);
     assert!(settings.iter().any(|(name, value)| *name == "recovery_target_lsn" && value.is_empty()));
+    let settings = target_settings(RecoveryStop::NothingToReplay, timeline(1), TargetAction::Promote);
+    assert_eq!(settings.iter().filter(|(name, value)| TARGETS.contains(name) && value.is_empty()).count(), 5);
 }
 
 #[test]

@@ -94,9 +94,13 @@ async fn plan_once(archive: &Archive, request: &Request) -> Result<Plan, Restore
         Err(Failure::Other(error)) => return Err(error),
         Ok(plan) => return Ok(plan),
     };
-    Err(RestoreError::Unreachable { why, hint, windows: windows(archive, &catalog).await? })
+    let windows = windows(archive, &catalog).await?;
+    let hint = if windows.is_empty() { NO_WINDOW } else { hint };
+    Err(RestoreError::Unreachable { why, hint, windows })
 }
 
+/// What to do where there is nothing to choose from.
+const NO_WINDOW: &str = "take a base backup with `walden backup`, or look into another repository (`--repository`)";
 /// What to do where nothing better is known.
 const CHOOSE: &str = "choose a target inside one of the windows that `walden list` shows";
 
@@ -175,6 +179,8 @@ async fn resolve(archive: &Archive, catalog: &Catalog, request: &Request) -> Res
         Target::Immediate => immediate(archive, catalog, &branch, &stretches, request).await?,
         _ => searched(archive, catalog, &branch, &stretches, request).await?,
     };
+    let action = plan::check_action(resolved.stop, request.action);
+    action.map_err(|why| Failure::Unreachable(why, "give `--action promote`"))?;
     let plan = finish(archive, &branch, request, resolved).await?;
     let beside = if request.timeline.is_none() { catalog.beside(&branch) } else { Vec::new() };
     Ok(Plan { beside, ..plan })

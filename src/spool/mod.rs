@@ -3,6 +3,7 @@
 //! A file below `wal/` or `tail/` is whole, flushed and named by the order of I9, or it is not there. The open segment lies below
 //! `open/` with marks that say how much of it is durable. Nothing found damaged or foreign is deleted, followed or uploaded.
 
+mod folders;
 mod mark;
 mod open_segment;
 
@@ -111,6 +112,9 @@ pub struct SpoolContents {
     pub foreign: Vec<PathBuf>,
 }
 
+/// What the spool of one cluster consists of.
+const FOLDERS: [&str; 5] = ["wal", "tail", "gaps", "open", "quarantine"];
+
 /// The spool of one cluster.
 #[derive(Clone, Debug)]
 pub struct Spool {
@@ -126,7 +130,7 @@ impl Spool {
     /// `<root>/<cluster>/<system identifier>`, created if missing.
     pub fn open(disk: Disk, root: &Path, cluster: &str, system: SystemIdentifier) -> Result<Self, SpoolError> {
         let folder = root.join(cluster).join(system.to_string());
-        for sub in ["wal", "tail", "gaps", "open", "quarantine"] {
+        for sub in FOLDERS {
             let path = folder.join(sub);
             disk.create_folders(&path).map_err(at("create", &path))?;
         }
@@ -147,32 +151,6 @@ impl Spool {
         }
         systems.sort();
         Ok(systems)
-    }
-
-    /// Whether the root holds WAL, histories or gaps of this system. Makes nothing.
-    pub fn holds_anything(root: &Path, cluster: &str, system: SystemIdentifier) -> bool {
-        let folder = root.join(cluster).join(system.to_string());
-        ["wal", "tail", "gaps", "open"]
-            .iter()
-            .any(|sub| files_below(&folder.join(sub), 2).is_ok_and(|files| !files.is_empty()))
-    }
-
-    /// Removes the folders that a system has left empty; what is not empty stays.
-    pub fn remove_empty(&self) {
-        let below = |folder: &Path| -> Vec<PathBuf> {
-            let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
-            entries.map(|entry| entry.path()).filter(|path| path.is_dir() && !path.is_symlink()).collect()
-        };
-        for sub in below(&self.folder) {
-            for timeline in below(&sub) {
-                for segment in below(&timeline) {
-                    let _ = std::fs::remove_dir(segment);
-                }
-                let _ = std::fs::remove_dir(timeline);
-            }
-            let _ = std::fs::remove_dir(sub);
-        }
-        let _ = std::fs::remove_dir(&self.folder);
     }
 
     /// Takes the root for this process alone. Two agents in one spool would each take the other's files for their own.

@@ -176,7 +176,7 @@ pub enum StorageError {
         #[source]
         source: Option<BoxError>,
     },
-    #[error("{url}: the bucket or directory does not exist")]
+    #[error("{url}: the {} does not exist", if is_bucket(url) { "bucket" } else { "directory" })]
     NoBucket {
         url: String,
         #[source]
@@ -184,6 +184,13 @@ pub enum StorageError {
     },
     #[error("{url}: {what} failed")]
     Unavailable {
+        url: String,
+        what: String,
+        #[source]
+        source: Option<BoxError>,
+    },
+    #[error("{url}: {what} failed: what answers there is not an S3 store")]
+    NotAStore {
         url: String,
         what: String,
         #[source]
@@ -215,12 +222,18 @@ pub enum StorageError {
 
 pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
+fn is_bucket(url: &str) -> bool {
+    url.starts_with("s3://")
+}
+
 impl StorageError {
     pub fn next_step(&self) -> NextStep {
         match self {
             Self::Denied { .. } | Self::NoBucket { .. } | Self::Unavailable { .. } | Self::Throttled { .. } => {
                 NextStep::Retry
             }
+            // The login page of a network, say, which goes away with the login.
+            Self::NotAStore { .. } => NextStep::Retry,
             Self::NotFound { .. } | Self::Damaged { .. } => NextStep::Retry,
             Self::Full { .. } => NextStep::Wait,
             Self::SourceDamaged { .. } => NextStep::FetchAgain,
@@ -228,17 +241,50 @@ impl StorageError {
         }
     }
 
+    /// Whether it may be over in a moment by itself. Everything else waits for somebody who acts, and a person who waits for a command
+    /// is told at once.
+    pub fn may_pass(&self) -> bool {
+        match self {
+            Self::Unavailable { .. } | Self::Throttled { .. } => true,
+            Self::Denied { .. }
+            | Self::NoBucket { .. }
+            | Self::NotAStore { .. }
+            | Self::NotFound { .. }
+            | Self::Full { .. }
+            | Self::Damaged { .. }
+            | Self::TooLarge { .. }
+            | Self::SourceDamaged { .. }
+            | Self::Settings { .. } => false,
+        }
+    }
+
     /// What to do about it, one sentence.
     pub fn hint(&self) -> &'static str {
         match self {
             Self::NotFound { .. } => "check the cluster's name and the prefix",
+            Self::Denied { url, .. } if !is_bucket(url) => {
+                "let the user that runs Walden own the directory, or correct `path`"
+            }
+            Self::Denied { code, .. } if code.starts_with("RequestTimeTooSkewed") => {
+                "set this machine's clock by NTP; stores refuse requests from 15 minutes on"
+            }
+            Self::Denied { code, .. } if code == "no credentials" => {
+                "give access_key_id_file and secret_access_key_file, the AWS_* variables, or a profile"
+            }
+            Self::Denied { code, .. } if matches!(code.as_str(), "SignatureDoesNotMatch" | "InvalidAccessKeyId") => {
+                "correct the access key and its secret"
+            }
             Self::Denied { .. } => {
-                "check the credentials and the policy of the bucket (s3:GetObject, PutObject, ListBucket), or the directory's owner and mode"
+                "check the credentials and the policy of the bucket (s3:GetObject, PutObject, ListBucket)"
             }
-            Self::NoBucket { .. } => {
-                "create it (`walden run` makes a local directory whose parent is there), or correct `path`, or `bucket`, `endpoint` and `region`"
+            Self::NoBucket { url, .. } if !is_bucket(url) => {
+                "create it (`walden run` makes a directory whose parent is there), or correct `path`"
             }
+            Self::NoBucket { .. } => "create it, or correct `bucket`, `endpoint` and `region`",
             Self::Unavailable { .. } => "check that the store is up and can be reached from here",
+            Self::NotAStore { .. } => {
+                "correct `endpoint` (scheme, host and port of the S3 interface, not of a web console), or look at the proxy between"
+            }
             Self::Throttled { .. } => "Walden slows down by itself; ask for a higher request rate if it stays",
             Self::Full { .. } => "make room in the store",
             Self::Damaged { .. } => "restore the object from another repository or a version of the bucket",

@@ -436,7 +436,7 @@ fn folders_that_cannot_be_written_are_said_and_heal() {
     let walden = configured(&stage, &postgres.socket_url(), &spool.to_string_lossy(), &local_repository(&archive))
         .env("WALDEN_STATE__PATH", &stage.join("state-2").to_string_lossy());
     postgres.psql("SELECT pg_drop_replication_slot('walden')");
-    let words = [&*archive.to_string_lossy(), "EACCES", "owner and mode"];
+    let words = [&*archive.to_string_lossy(), "EACCES", "own the directory"];
     assert_found(&walden, "repository.main", &words);
     let mut agent = assert_heals(&walden, "store_failing", &words, || mode(&archive, 0o700));
     assert!(agent.sigterm(MINUTE).success());
@@ -469,7 +469,7 @@ fn wrong_keys_are_said_and_heal() {
     let server = runtime.block_on(S3Server::start_s3s(&stage.join("s3")));
     let (id, secret) = (stage.write("id", ACCESS_KEY), stage.write("secret", "wrong-canary"));
     let walden = s3(&stage, &server, &postgres, &id, &secret);
-    let words = ["s3://walden-test/p", "SignatureDoesNotMatch", "check the credentials"];
+    let words = ["s3://walden-test/p", "SignatureDoesNotMatch", "correct the access key"];
     assert_found(&walden, "repository.main", &words);
     let mut agent = assert_heals(&walden, "store_failing", &words, || {
         stage.write("secret", SECRET_KEY);

@@ -101,7 +101,7 @@ fn a_restart_takes_its_own_lease_at_once() {
         agent = walden.run_connected();
         archive_all(&postgres, &mut agent);
         assert!(begun.elapsed() < Duration::from_secs(15), "it took {:?}", begun.elapsed());
-        assert!(!agent.log().contains("standing by"), "{}", agent.log());
+        assert!(!agent.log().contains("stands by"), "{}", agent.log());
     }
 }
 

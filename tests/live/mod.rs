@@ -13,6 +13,7 @@ pub mod identity;
 mod lease;
 pub mod restore;
 mod shipping;
+mod slot;
 pub mod streaming;
 mod usage;
 mod stores;

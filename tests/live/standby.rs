@@ -33,6 +33,37 @@ fn a_backup_from_an_idle_standby_ends_and_restores() {
     }
 }
 
+/// The primary was shut down, and the standby's last restartpoint is its shutdown checkpoint: no record lies behind the one that the
+/// backup begins with. PostgreSQL has nothing to replay then, and ends with a FATAL where a target is set: none is, and the restored
+/// server opens exactly there. It could not pause or shut down there, which is refused (I5).
+#[test]
+fn a_backup_behind_which_nothing_was_written_is_restored() {
+    for major in majors() {
+        let stage = Stage::new("last-record");
+        let (mut primary, standby) = pair(&stage, major);
+        let mut ledger = Ledger::create(&primary);
+        ledger.commit_many(5);
+        let rows = ledger.entries().to_vec();
+        drop(ledger);
+        primary.stop_fast();
+        wait_until(MINUTE, "the standby to rest on the shutdown checkpoint", || {
+            standby.psql("CHECKPOINT");
+            standby.value("SELECT redo_lsn = checkpoint_lsn AND checkpoint_lsn > '0/0' AND pg_last_wal_replay_lsn() = pg_last_wal_receive_lsn() FROM pg_control_checkpoint()") == "t"
+        });
+        let walden = archiving(&stage, &[&standby], "standby");
+        walden.ok(&["backup"]);
+        let target = stage.join("paused");
+        let paused = walden.exec(&["restore", "--pgdata", &target.to_string_lossy(), "--action", "pause"]);
+        assert_eq!(paused.code, Some(3), "{major}: {}", paused.stderr);
+        assert!(paused.stderr.contains("--action promote") && !target.exists(), "{major}: {}", paused.stderr);
+        for (name, target) in [("latest", "latest"), ("immediate", "immediate")] {
+            let restored = restore(&walden, major, name, &["--target", target]);
+            assert_rows(&restored, &rows);
+            restored.psql("CREATE TABLE it_takes_writes ()");
+        }
+    }
+}
+
 /// PostgreSQL gives such a backup up. It ends with the reason, and does not exist.
 #[test]
 fn a_backup_whose_standby_is_promoted_fails_with_the_reason() {

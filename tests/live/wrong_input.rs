@@ -1,6 +1,8 @@
 //! Wrong input of every kind, through the real binary: exit status and line to the letter, `check` finds it beforehand, and nothing is
 //! changed. The tables are in tests/fixtures/wrong-input.
 
+mod archives;
+mod stores;
 mod table;
 mod worlds;
 
@@ -44,6 +46,7 @@ fn run(case: &Case, world: &World) -> Vec<String> {
     let command = case.command();
     let mut wrong = Vec::new();
     let before = world.seen();
+    let was_whole = world.looks_whole(case);
     let (code, told) = match command {
         "run" => agent(case, world, &mut wrong),
         _ => {
@@ -54,15 +57,24 @@ fn run(case: &Case, world: &World) -> Vec<String> {
                 "status" if done.code != Some(2) => {
                     done.stdout.lines().take_while(|line| !line.is_empty()).map(str::to_owned).collect()
                 }
-                _ => failed(&done, &mut wrong),
+                _ => failed(command, &done, &mut wrong),
             };
             (code, told)
         }
     };
-    // An agent that is refused for what it finds has its spool by then.
-    let is_looking = command == "check" || (code == "2" && (command != "run" || case.given == "nothing"));
+    // An agent that is refused for what it finds has its spool by then, and a backup that is alone as well.
+    let is_looking = match command {
+        "check" | "list" | "status" | "recovery-conf" => true,
+        "restore" => ["2", "3", "4"].contains(&code.as_str()),
+        "wal-fetch" => code != "0",
+        "run" => code == "2" && case.given == "nothing",
+        _ => code == "2",
+    };
     if is_looking && before != world.seen() {
         wrong.push("it changed something".to_owned());
+    }
+    if code != "0" && !was_whole && world.looks_whole(case) {
+        wrong.push("what is left looks like a whole data directory".to_owned());
     }
     let told: Vec<String> = told.iter().map(|line| world.name(line)).collect();
     if ["2", "3", "4", "5"].contains(&code.as_str()) || (command == "list" && code != "0") {
@@ -87,16 +99,17 @@ fn table_lines(code: &str, told: &[String], wrong: &[String]) -> Vec<String> {
 }
 
 /// One line on stderr that says what to do, nothing on stdout.
-fn failed(done: &Finished, wrong: &mut Vec<String>) -> Vec<String> {
+fn failed(command: &str, done: &Finished, wrong: &mut Vec<String>) -> Vec<String> {
     // What `backup` tells while it tries.
     let noted = [" INFO ", " DEBUG ", " WARN trying again ", " ERROR "];
     let logged = |line: &&str| line.starts_with("20") && noted.iter().any(|level| line.contains(level));
-    // What `restore` plans is told before it is carried out.
+    // What `restore` plans is told before it is carried out, and only then.
     let plan = ["target: ", "from: ", "backup: ", "WAL: ", "last commit or abort kept: ", "first left out: "];
-    let planned = |line: &&str| plan.iter().any(|begin| line.starts_with(begin));
+    let planned = |line: &&str| done.code == Some(5) && plan.iter().any(|begin| line.starts_with(begin));
     let lines = done.stderr.lines().filter(|line| !logged(line) && !planned(line));
     let said: Vec<String> = lines.map(str::to_owned).collect();
-    if done.code == Some(0) {
+    // A file that is proven absent is no failure: PostgreSQL asks for the one behind the last as well.
+    if done.code == Some(0) || (command == "wal-fetch" && done.code == Some(1)) {
         return said;
     }
     judge(&said, wrong);
@@ -216,7 +229,7 @@ fn check_finds_what_stops_the_others() {
         let (found, stopped) = worlds.entry(case.given.clone()).or_default();
         match case.command() {
             "check" => *found |= case.expected.iter().any(|line| line.contains("FAIL")),
-            "run" | "backup" => *stopped |= case.expected.iter().any(|line| !line.starts_with('0')),
+            "run" | "backup" => *stopped |= case.expected.first().is_some_and(|line| !line.starts_with('0')),
             _ => {}
         }
     }

@@ -21,6 +21,8 @@ pub enum HttpFault {
     Headers(u16, &'static str),
     /// Answered 200 with this body.
     Body(String),
+    /// Answered with this status and a page for a browser.
+    Page(u16, &'static str),
     /// Passed on after a pause.
     Delay(Duration),
     /// Never answered; the connection stays open.
@@ -157,6 +159,9 @@ async fn serve(mut client: TcpStream, upstream: &str, faults: &Faults, gates: &G
         }
         Some(HttpFault::Headers(status, headers)) => return answer(&mut client, *status, headers, "").await,
         Some(HttpFault::Body(text)) => return answer(&mut client, 200, "", text).await,
+        Some(HttpFault::Page(status, page)) => {
+            return answer_as("text/html; charset=utf-8", &mut client, *status, "", page).await;
+        }
         Some(HttpFault::Delay(pause)) => tokio::time::sleep(*pause).await,
         Some(HttpFault::Hang) => std::future::pending().await,
         Some(HttpFault::ResetAfter(bytes)) => {
@@ -239,9 +244,13 @@ async fn read_head(client: &mut TcpStream) -> io::Result<Option<(Request, Vec<u8
 }
 
 async fn answer(client: &mut TcpStream, status: u16, headers: &str, body: &str) -> io::Result<()> {
+    answer_as("application/xml", client, status, headers, body).await
+}
+
+async fn answer_as(kind: &str, client: &mut TcpStream, status: u16, headers: &str, body: &str) -> io::Result<()> {
     let length = body.len();
     let head = format!(
-        "HTTP/1.1 {status} Planned\r\ncontent-type: application/xml\r\ncontent-length: {length}\r\nconnection: close\r\n{headers}\r\n"
+        "HTTP/1.1 {status} Planned\r\ncontent-type: {kind}\r\ncontent-length: {length}\r\nconnection: close\r\n{headers}\r\n"
     );
     client.write_all(head.as_bytes()).await?;
     client.write_all(body.as_bytes()).await?;

@@ -29,9 +29,20 @@ pub fn examine(
         succeeded(settings, agent, system, report);
     }
     let path = &settings.state.path;
-    report.add(match writable(path) {
+    let usable = writable(path).and_then(|found| {
+        if let Found::Folder = found {
+            Disk::default().check_private(path)?;
+        }
+        Ok(found)
+    });
+    report.add(match usable {
         Ok(found) => Check::good("state", found.message(path)),
-        Err(error) => cannot("state", path, &error, "let the user that runs Walden own it, or correct state.path"),
+        // It is an index only (I4), so nothing is lost without it.
+        Err(error) => Check::remark(
+            "state",
+            format!("{} cannot be used: {error}", path.display()),
+            "run goes on without, and reads the whole spool at each start: let the user that runs Walden own it, with mode 0700, or correct state.path",
+        ),
     });
 }
 
@@ -45,9 +56,9 @@ fn spool(settings: &Settings, agent: &Agent, report: &mut Report) {
         Err(error) => return report.add(cannot(NAME, path, &error, OWNER)),
     };
     if let Found::Folder = found
-        && let Err(error) = disk.check_private(path)
+        && let Err(error) = Spool::check_private(&disk, path, &settings.archive.cluster)
     {
-        return report.add(cannot(NAME, path, &error, OWNER));
+        return report.add(Check::error(NAME, &error, OWNER));
     }
     let holder = if agent.is_running { "; the running agent holds it" } else { "" };
     let message = format!("{}{holder}", found.message(path));
@@ -185,6 +196,7 @@ fn is_unsupported(code: i32) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use super::super::report::Verdict;
     use super::*;
 
     #[test]
@@ -206,5 +218,43 @@ mod tests {
             let error = writable(&path).expect_err("a file is no folder").to_string();
             assert!(error.contains(&format!("{} is not a folder", file.display())), "{error}");
         }
+    }
+
+    /// The state is an index only: without it nothing is lost and `run` goes on, so it must not fail the check (I4).
+    #[test]
+    fn a_state_that_cannot_be_used_is_worth_a_remark() {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let file = dir.path().join("state");
+        let judged = |report: &Report| {
+            let check = report.checks.iter().find(|check| check.name == "state").expect("it was looked at");
+            (check.verdict, check.message.clone())
+        };
+        let look = |mode: Option<u32>| {
+            let sources = crate::config::Sources {
+                config: None,
+                quick: crate::config::QuickSettings::default(),
+                environment: vec![
+                    ("WALDEN_STATE__PATH".into(), file.clone().into()),
+                    ("WALDEN_SPOOL__PATH".into(), dir.path().join("spool").into()),
+                ],
+                working_directory: dir.path().into(),
+            };
+            if let Some(mode) = mode {
+                std::fs::create_dir(&file).expect("a folder");
+                let permissions = std::os::unix::fs::PermissionsExt::from_mode(mode);
+                std::fs::set_permissions(&file, permissions).expect("its permissions");
+            }
+            let settings = Settings::load(&sources).unwrap_or_else(|error| panic!("{error}"));
+            let mut report = Report::default();
+            examine(&settings, &Agent::default(), None, false, &mut report);
+            judged(&report)
+        };
+        assert_eq!(look(None).0, Verdict::Good);
+        std::fs::write(&file, "").expect("a file");
+        let (verdict, message) = look(None);
+        assert!(verdict == Verdict::Remark && message.contains("is not a folder"), "{message}");
+        std::fs::remove_file(&file).expect("it goes");
+        let (verdict, message) = look(Some(0o777));
+        assert!(verdict == Verdict::Remark && message.contains("others may write to it"), "{message}");
     }
 }

@@ -187,7 +187,13 @@ async fn write_and_read(store: &dyn ObjectStore, key: &str) -> Result<(), Storag
     let damaged = |why: &str| StorageError::Damaged { url: store.url(), key: key.into(), why: why.into() };
     let body = Body::Bytes(Bytes::from_static(CONTENT));
     if store.put_new(key, &body, crc32fast::hash(CONTENT)).await? == PutOutcome::Exists {
-        return Err(damaged("a name that was never used is taken already"));
+        let why = "a name that was never used is taken already";
+        return Err(match store.url().starts_with("s3://") {
+            true => {
+                StorageError::NotAStore { url: store.url(), what: format!("storing {key}"), source: Some(why.into()) }
+            }
+            false => damaged(why),
+        });
     }
     let (read, _) = store.get(key, 1 << 10).await?;
     if read == CONTENT { Ok(()) } else { Err(damaged("it is read back with other content")) }

@@ -19,11 +19,13 @@ pub(super) async fn patiently<F: Future<Output = Result<FetchOutcome, RestoreErr
 ) -> Result<FetchOutcome, RestoreError> {
     let started = Instant::now();
     let (mut backoff, mut tries, mut told) = (Backoff::new(DELAY_MAX), 0, String::new());
+    let mut last = None;
     loop {
         let error = match tokio::time::timeout(patience.saturating_sub(started.elapsed()), attempt()).await {
             Ok(Ok(outcome)) => return Ok(outcome),
             Ok(Err(error)) => error,
-            Err(_) => return Err(RestoreError::Timeout { seconds: patience.as_secs() }),
+            // What was answered before says more than that time is over.
+            Err(_) => return Err(last.unwrap_or(RestoreError::Timeout { seconds: patience.as_secs() })),
         };
         tries += 1;
         let tries_max = match persistence(&error) {
@@ -41,6 +43,7 @@ pub(super) async fn patiently<F: Future<Output = Result<FetchOutcome, RestoreErr
             tracing::warn!("trying again for {} s: {why}", patience.as_secs());
             told = why;
         }
+        last = Some(error);
         tokio::time::sleep(delay).await;
     }
 }
@@ -68,6 +71,7 @@ pub(super) fn persistence(error: &RestoreError) -> Persistence {
             StorageError::NotFound { .. }
             | StorageError::Denied { .. }
             | StorageError::NoBucket { .. }
+            | StorageError::NotAStore { .. }
             | StorageError::Full { .. }
             | StorageError::Damaged { .. }
             | StorageError::TooLarge { .. }

@@ -12,6 +12,20 @@ use crate::storage::StorageError;
 /// The longest text of a cause, in characters.
 const CAUSE_CHARS_MAX: usize = 300;
 
+/// What the SDK and its HTTP client wrap around a reason, in their own words.
+const WRAPPERS: [&str; 10] = [
+    "an error occurred while loading credentials",
+    "service error",
+    "dispatch failure",
+    "io error",
+    "timeout",
+    "other",
+    "client error (Connect)",
+    "client error (SendRequest)",
+    "tcp connect error",
+    "dns error",
+];
+
 /// A request that did not succeed.
 #[derive(Debug)]
 pub(super) struct Refusal {
@@ -31,6 +45,8 @@ enum Kind {
     Answer,
     /// The store answered something that cannot be parsed.
     Unreadable,
+    /// A page for a browser came instead of an answer.
+    WebPage,
     /// No answer in time.
     Timeout,
     /// The connection failed or broke.
@@ -61,7 +77,8 @@ impl Cause {
         let mut next = Some(error);
         while let Some(error) = next {
             let text = error.to_string();
-            if texts.last().is_none_or(|last| !last.contains(&text)) {
+            let says_nothing = WRAPPERS.contains(&text.as_str());
+            if !says_nothing && texts.last().is_none_or(|last| !last.contains(&text)) {
                 texts.push(text);
             }
             next = error.source();
@@ -81,7 +98,10 @@ where
         let metadata = error.as_service_error().map(ProvideErrorMetadata::meta);
         let code = metadata.and_then(|metadata| metadata.code()).unwrap_or_default();
         let code: String = code.chars().filter(|c| c.is_ascii_graphic()).take(64).collect();
+        let is_web_page = response.is_some_and(is_web_page);
         let kind = match &error {
+            // A gateway's page about a store that is down says 5xx, and that is what counts then.
+            _ if is_web_page && status.is_some_and(|status| status < 500 && status != 429) => Kind::WebPage,
             SdkError::TimeoutError(_) => Kind::Timeout,
             SdkError::DispatchFailure(failure) if failure.is_timeout() => Kind::Timeout,
             SdkError::ServiceError(_) if code.is_empty() && status.is_some_and(|status| status < 300) => {
@@ -95,10 +115,29 @@ where
         let cause = match (metadata.and_then(|metadata| metadata.message()), status) {
             (Some(message), _) if kind == Kind::Answer => Cause::new(message),
             (None, Some(status)) if kind == Kind::Answer => Cause::new(&format!("the store answered {status}")),
+            // The SDK takes it for a bug of its own, which helps nobody.
+            _ if kind == Kind::Unreadable => Cause::new("the answer is not one of S3's, or it was cut on its way"),
+            (_, Some(status)) if kind == Kind::WebPage => {
+                Cause::new(&format!("status {status} with a web page instead of an answer"))
+            }
+            _ if kind == Kind::Timeout => Cause::new("no answer came in time"),
             _ => Cause::of(&error),
         };
         Self { kind, status, code, region, cause }
     }
+}
+
+/// Whether an answer is made for a browser: the console of a store, a login page, somebody else's server.
+fn is_web_page(response: &HttpResponse) -> bool {
+    let mut bytes = response.body().bytes().unwrap_or_default().trim_ascii_start();
+    bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
+    let begins = |tag: &[u8]| bytes.get(..tag.len()).is_some_and(|begin| begin.eq_ignore_ascii_case(tag));
+    is_web_type(response.headers().get("content-type")) || begins(b"<html") || begins(b"<!doctype html")
+}
+
+/// Nothing that Walden stores, and no answer of S3, has this type.
+pub(super) fn is_web_type(content_type: Option<&str>) -> bool {
+    content_type.is_some_and(|kind| kind.trim_start().to_ascii_lowercase().starts_with("text/html"))
 }
 
 fn chain<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = &'a (dyn Error + 'static)> {
@@ -163,6 +202,17 @@ impl Refusal {
             || matches!(self.code.as_str(), "ExpiredToken" | "InvalidToken" | "TokenRefreshRequired")
     }
 
+    /// Whether it matters who was asked: nobody answered, or somebody else.
+    pub(super) fn is_about_the_endpoint(&self) -> bool {
+        matches!(self.kind, Kind::Timeout | Kind::Connection | Kind::WebPage)
+    }
+
+    /// With who was asked in front of the cause.
+    pub(super) fn asked(mut self, endpoint: &str) -> Self {
+        self.cause = Cause::new(&format!("{endpoint}: {}", self.cause));
+        self
+    }
+
     /// `what` is for people: "storing main/…"; `key` is what it was about.
     pub(super) fn into_error(self, url: &str, what: &str, key: &str, skew_seconds: Option<f64>) -> StorageError {
         let (url, what) = (url.to_owned(), what.to_owned());
@@ -171,6 +221,9 @@ impl Refusal {
         let code = self.code;
         if self.kind == Kind::Credentials {
             return StorageError::Denied { url, what, code: "no credentials".to_owned(), source };
+        }
+        if self.kind == Kind::WebPage {
+            return StorageError::NotAStore { url, what, source };
         }
         if matches!(self.kind, Kind::Timeout | Kind::Connection) {
             return StorageError::Unavailable { url, what, source };
@@ -252,6 +305,24 @@ mod tests {
         assert!(redirect.to_string().contains("eu-west-1"), "{redirect}");
         let skewed = answer(403, "RequestTimeTooSkewed");
         assert!(skewed.to_string().contains("by 3600 s"), "{skewed}");
+    }
+
+    #[test]
+    fn a_web_page_is_known_by_its_type_or_its_beginning() {
+        let page = |content_type: &str, body: &str| {
+            let status = aws_smithy_runtime_api::http::StatusCode::try_from(200).unwrap();
+            let mut answer = HttpResponse::new(status, aws_smithy_types::body::SdkBody::from(body));
+            answer.headers_mut().insert("content-type", content_type.to_owned());
+            is_web_page(&answer)
+        };
+        assert!(page("text/html; charset=utf-8", ""));
+        assert!(page("TEXT/HTML", "anything"));
+        for body in ["<html>", "\n <!DOCTYPE html><html>", "\u{feff}<HTML lang=\"en\">"] {
+            assert!(page("application/xml", body), "{body:?}");
+        }
+        for body in ["", "<?xml version=\"1.0\"?><Error/>", "<htm", "html"] {
+            assert!(!page("application/xml", body), "{body:?}");
+        }
     }
 
     #[test]

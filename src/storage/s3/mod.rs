@@ -93,6 +93,10 @@ impl Bucket {
             self.clients.reload().await;
         }
         let what = if key.is_empty() { doing.to_owned() } else { format!("{doing} {key}") };
+        let refusal = match &self.settings.endpoint {
+            Some(endpoint) if refusal.is_about_the_endpoint() => refusal.asked(endpoint),
+            _ => refusal,
+        };
         refusal.into_error(&self.url, &what, key, self.clients.skew_seconds())
     }
 
@@ -116,6 +120,15 @@ impl Bucket {
     fn unavailable(&self, doing: &str, key: &str, why: &str) -> StorageError {
         let source = Some(Box::new(Cause::new(why)) as _);
         StorageError::Unavailable { url: self.url.clone(), what: format!("{doing} {key}"), source }
+    }
+
+    fn not_a_store(&self, doing: &str, key: &str, why: &str) -> StorageError {
+        let why = match &self.settings.endpoint {
+            Some(endpoint) => format!("{endpoint}: {why}"),
+            None => why.to_owned(),
+        };
+        let source = Some(Box::new(Cause::new(&why)) as _);
+        StorageError::NotAStore { url: self.url.clone(), what: format!("{doing} {key}"), source }
     }
 
     fn damaged(&self, key: &str, why: impl Into<String>) -> StorageError {

@@ -20,7 +20,11 @@ impl Bucket {
         let found = self.try_abilities(&conditions, &checksum).await;
         let removed = (self.delete(&conditions).await, self.delete(&checksum).await);
         // What was found counts more than a failed cleaning up: without the right to delete, archiving still works.
-        let abilities = found?;
+        let abilities = found.map_err(|error| match error {
+            // It confirms what it does not keep, or shows something else under a name that nobody has used.
+            StorageError::Damaged { why, .. } => self.not_a_store("probing", conditions.as_str(), &why),
+            error => error,
+        })?;
         *self.abilities.write().unwrap_or_else(PoisonError::into_inner) = Some(abilities);
         if let Err(error) = removed.0.and(removed.1) {
             tracing::warn!(url = %self.url, error = %error, "objects of the probe could not be removed");

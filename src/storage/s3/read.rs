@@ -9,7 +9,7 @@ use aws_sdk_s3::types::{ChecksumMode, ChecksumType};
 use bytes::{Bytes, BytesMut};
 use futures_util::{Stream, StreamExt, TryStreamExt};
 
-use super::errors::{Cause, Refusal};
+use super::errors::{Cause, Refusal, is_web_type};
 use super::{Bucket, decode_crc32};
 use crate::storage::{ObjectInfo, StorageError};
 
@@ -170,6 +170,9 @@ impl Bucket {
             Err(refusal) if refusal.is_range_beyond_end() => return Err(RangeError::BeyondEnd),
             Err(refusal) => return Err(RangeError::Other(self.error(refusal, "reading", key).await)),
         };
+        if is_web_type(output.content_type()) {
+            return Err(RangeError::Other(self.not_a_store("reading", key, "a web page instead of an object")));
+        }
         self.answer(key, output, whole).map_err(RangeError::Other)
     }
 

@@ -31,7 +31,7 @@ pub struct Case {
 impl Case {
     /// Empty where none is given.
     pub fn command(&self) -> &str {
-        let known = ["run", "check", "backup", "list", "status", "restore", "recovery-conf", "wal-fetch"];
+        let known = ["run", "check", "backup", "list", "status", "restore", "recovery-conf", "wal-fetch", "adopt"];
         self.arguments.iter().map(String::as_str).find(|word| known.contains(word)).unwrap_or_default()
     }
 }
@@ -151,6 +151,9 @@ pub fn named(text: &str, named: &[(String, &str)], is_served: bool) -> String {
         (r"\b\d+ s ago\b", "{age} ago"),
         (r"\bprocess \d+\b", "process {pid}"),
         (r"\bPID \d+\b", "PID {pid}"),
+        (r"\b(base|global)/[0-9a-z_/]+", "{file}"),
+        (r"\b[0-9A-F]{8} instead of [0-9A-F]{8}\b", "{crc} instead of {crc}"),
+        (r"\b\d+ bytes instead of \d+\b", "{n} bytes instead of {n}"),
         (r"\b[0-9A-F]{1,8}/[0-9A-F]{5,8}\b", "{lsn}"),
         (r"\b\d+\.\d [KMGT]iB\b", "{size}"),
     ];

@@ -1,6 +1,7 @@
 //! The worlds of the table: servers, folders and stores that are not as they should be.
 //!
-//! Long because it is flat: one arm of one `match` for each world, under the name that the table gives it.
+//! Long because it is flat: one arm of one `match` for each world, under the name that the table gives it. Worlds of stores and of
+//! archives are in files of their own.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -11,12 +12,12 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use tokio::runtime::Runtime;
+use walden::wal::Lsn;
 
 use super::table::{Case, named};
 use crate::live::streaming::archive_all;
 use crate::support::oracle::files_below;
 use crate::support::s3_double::{ACCESS_KEY, BUCKET, S3Server, SECRET_KEY};
-use crate::support::s3_proxy::HttpFault;
 use crate::support::{Agent, Ledger, Postgres, Stage, Walden, parts, wait_until};
 
 const MINUTE: Duration = Duration::from_secs(60);
@@ -24,15 +25,15 @@ const MAJOR: u32 = 15;
 
 /// Makes worlds one after the other; servers and stores that stay well are shared.
 pub struct Worlds {
-    stage: Stage,
-    postgres: Option<Postgres>,
-    store: Option<(Runtime, S3Server)>,
-    past: Option<Past>,
-    made: usize,
+    pub(super) stage: Stage,
+    pub(super) postgres: Option<Postgres>,
+    pub(super) store: Option<(Runtime, S3Server)>,
+    pub(super) past: Option<Past>,
+    pub(super) made: usize,
 }
 
 /// An archive with something in it: a backup, commits, restore points. Its server is gone.
-struct Past {
+pub(super) struct Past {
     archive: PathBuf,
     named: Vec<(String, &'static str)>,
 }
@@ -60,26 +61,31 @@ impl Drop for Process {
 }
 
 /// What a world is made of; each `given` changes a part.
-struct Plan {
-    home: PathBuf,
+pub(super) struct Plan {
+    pub(super) home: PathBuf,
     /// Empty: a server that nobody asks.
-    url: String,
-    postgres: String,
-    spool: PathBuf,
-    state: PathBuf,
-    repository: String,
-    more: String,
-    listen: u16,
-    environment: Vec<(String, String)>,
-    named: Vec<(String, &'static str)>,
-    slots: Option<String>,
-    store: Option<PathBuf>,
-    held: Vec<Box<dyn std::any::Any>>,
+    pub(super) url: String,
+    pub(super) postgres: String,
+    pub(super) spool: PathBuf,
+    pub(super) state: PathBuf,
+    pub(super) repository: String,
+    pub(super) more: String,
+    pub(super) listen: u16,
+    pub(super) environment: Vec<(String, String)>,
+    pub(super) named: Vec<(String, &'static str)>,
+    pub(super) slots: Option<String>,
+    pub(super) store: Option<PathBuf>,
+    pub(super) held: Vec<Box<dyn std::any::Any>>,
 }
 
 impl Plan {
-    fn set(&mut self, name: &str, value: impl AsRef<Path>) {
+    pub(super) fn set(&mut self, name: &str, value: impl AsRef<Path>) {
         self.environment.push((name.to_owned(), value.as_ref().to_string_lossy().into_owned()));
+    }
+
+    /// With the values for the names.
+    pub(super) fn text(&self, text: &str) -> String {
+        self.named.iter().fold(text.to_owned(), |text, (value, name)| text.replace(name, value))
     }
 
     fn make_world(mut self, stage: &Stage) -> World {
@@ -113,11 +119,7 @@ impl World {
     }
 
     fn text(&self, text: &str) -> String {
-        let mut text = text.to_owned();
-        for (value, name) in &self.named {
-            text = text.replace(name, value);
-        }
-        text
+        self.named.iter().fold(text.to_owned(), |text, (value, name)| text.replace(name, value))
     }
 
     fn of(&self, case: &Case) -> Walden {
@@ -156,6 +158,12 @@ impl World {
         self.of(case).spawn(&arguments.iter().map(String::as_str).collect::<Vec<_>>())
     }
 
+    /// Whether PostgreSQL would take the case's `--pgdata` for a data directory that can be started.
+    pub fn looks_whole(&self, case: &Case) -> bool {
+        let directory = case.arguments.iter().skip_while(|word| *word != "--pgdata").nth(1);
+        directory.is_some_and(|path| Path::new(&self.text(path)).join("global/pg_control").exists())
+    }
+
     /// Everything that a command might change: files with mode and size, the server's slots, the store's objects.
     pub fn seen(&self) -> (BTreeSet<String>, String, BTreeSet<PathBuf>) {
         let root = self.walden.stage().path();
@@ -187,7 +195,7 @@ impl World {
     }
 }
 
-fn mode(path: &Path, mode: u32) {
+pub(super) fn mode(path: &Path, mode: u32) {
     fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("permissions");
 }
 
@@ -201,7 +209,7 @@ impl Worlds {
     }
 
     /// A server that works, with roles of several kinds.
-    fn server(&mut self) -> &Postgres {
+    pub(super) fn server(&mut self) -> &Postgres {
         let stage = &self.stage;
         self.postgres.get_or_insert_with(|| {
             let postgres = Postgres::builder(MAJOR)
@@ -218,7 +226,7 @@ impl Worlds {
         })
     }
 
-    fn plan(&mut self) -> Plan {
+    pub(super) fn plan(&mut self) -> Plan {
         self.made += 1;
         let home = self.stage.make_dir(format!("home-{}", self.made));
         let (spool, state, archive) = (home.join("spool"), home.join("state"), home.join("archive"));
@@ -241,7 +249,7 @@ impl Worlds {
     }
 
     /// A world with a server that works; what is wrong comes on top.
-    fn served(&mut self, user: &str) -> Plan {
+    pub(super) fn served(&mut self, user: &str) -> Plan {
         let mut plan = self.plan();
         let postgres = self.server();
         // The server may find only now that a killed agent's connection is gone.
@@ -262,7 +270,7 @@ impl Worlds {
     }
 
     /// A repository over S3 in a store that works.
-    fn stored(&mut self) -> Plan {
+    pub(super) fn stored(&mut self) -> Plan {
         let mut plan = self.served("postgres");
         let folder = self.stage.make_dir("s3");
         let (_, server) = self.store.get_or_insert_with(|| {
@@ -287,12 +295,12 @@ impl Worlds {
         plan
     }
 
-    fn faults(&self) -> crate::support::s3_proxy::Faults {
+    pub(super) fn faults(&self) -> crate::support::s3_proxy::Faults {
         self.store.as_ref().expect("the store was started").1.faults()
     }
 
     /// A world in which something was archived, and no server.
-    fn after_a_past(&mut self) -> Plan {
+    pub(super) fn after_a_past(&mut self) -> Plan {
         if self.past.is_none() {
             self.past = Some(self.make_past());
         }
@@ -316,11 +324,19 @@ impl Worlds {
         for name in ["good", "twice", "twice"] {
             postgres.psql(&format!("SELECT pg_create_restore_point('{name}')"));
         }
+        // So that WAL lies behind the segment after the backup's, too.
+        postgres.switch_wal();
         let last = ledger.commit();
         archive_all(&postgres, &mut agent);
         assert!(agent.sigterm(MINUTE).success());
         let system = postgres.system_identifier().to_string();
-        let backup = walden.json(&["list"])["backups"][0]["id"].as_str().expect("an id").to_owned();
+        let list = walden.json(&["list"]);
+        let text = |field: &str| list["backups"][0][field].as_str().expect("a text").to_owned();
+        let backup = text("id");
+        // Segments of 1 MiB: the number of the one in which the backup begins.
+        let start: Lsn = text("start_lsn").parse().expect("an LSN");
+        let segment = |number: u64| format!("00000001{:08X}{:08X}", number >> 12, number & 0xFFF);
+        let first = start.get() >> 20;
         postgres.stop_fast();
         let archive = self.stage.join("past");
         fs::rename(walden.repository(), &archive).expect("the archive moves");
@@ -332,6 +348,8 @@ impl Worlds {
             (backup, "{backup}"),
             (before.time, "{before the backup}"),
             (last.xid.to_string(), "{last xid}"),
+            (segment(first), "{the backup's segment}"),
+            (segment(first + 1), "{the segment behind}"),
         ];
         Past { archive, named }
     }
@@ -486,6 +504,49 @@ impl Worlds {
                 mode(&stage.make_dir(&plan.spool), 0o777);
                 plan
             }
+            "a spool that belongs to somebody else" => {
+                let plan = self.served("postgres");
+                // Writable all the same, so that only the owner is wrong.
+                if rustix::process::getuid().is_root() {
+                    fs::create_dir(&plan.spool).expect("a folder of root's");
+                    mode(&plan.spool, 0o777);
+                } else {
+                    std::os::unix::fs::symlink("/tmp", &plan.spool).expect("a link");
+                }
+                plan
+            }
+            "a spool that its group may write to" => {
+                let plan = self.served("postgres");
+                mode(&stage.make_dir(&plan.spool), 0o770);
+                plan
+            }
+            "a spool that others may read" => {
+                let plan = self.served("postgres");
+                mode(&stage.make_dir(&plan.spool), 0o755);
+                plan
+            }
+            "a spool whose folder for the cluster belongs to somebody else" => {
+                let plan = self.served("postgres");
+                stage.make_dir(&plan.spool);
+                let folder = plan.spool.join("main");
+                if rustix::process::getuid().is_root() {
+                    fs::create_dir(&folder).expect("a folder of root's");
+                    mode(&folder, 0o777);
+                } else {
+                    std::os::unix::fs::symlink("/tmp", &folder).expect("a link");
+                }
+                plan
+            }
+            "a state that belongs to somebody else" => {
+                let plan = self.served("postgres");
+                if rustix::process::getuid().is_root() {
+                    fs::create_dir(&plan.state).expect("a folder of root's");
+                    mode(&plan.state, 0o777);
+                } else {
+                    std::os::unix::fs::symlink("/tmp", &plan.state).expect("a link");
+                }
+                plan
+            }
             "no room for the spool" => {
                 let mut plan = self.served("postgres");
                 plan.set("WALDEN_SPOOL__FREE_BYTES_MIN", "1000TiB");
@@ -570,105 +631,10 @@ impl Worlds {
                 stage.write(folder.join("lease.json"), lease);
                 plan
             }
-            // Repositories over S3.
-            "a store that is down" => {
-                let mut plan = self.stored();
-                let endpoint = self.store.as_ref().expect("started").1.endpoint.clone();
-                let port = parts::free_port();
-                plan.repository = plan.repository.replace(&endpoint, &format!("http://127.0.0.1:{port}"));
-                plan.named.push((format!("127.0.0.1:{port}"), "{nobody}"));
-                plan
-            }
-            "a wrong key" => {
-                let plan = self.stored();
-                stage.write(plan.home.join("secret_access_key"), "wrong");
-                plan
-            }
-            "a key file that is missing" => {
-                let plan = self.stored();
-                fs::remove_file(plan.home.join("secret_access_key")).expect("it was written");
-                plan
-            }
-            "a store that may only be read" => {
-                let plan = self.stored();
-                self.faults().always("PUT", "", HttpFault::Status(403, "AccessDenied"));
-                plan
-            }
-            "a store that may not be read" => {
-                let plan = self.stored();
-                self.faults().always("GET", "", HttpFault::Status(403, "AccessDenied"));
-                plan
-            }
-            "a clock that the store does not believe" => {
-                let plan = self.stored();
-                self.faults().always("", "", HttpFault::Status(403, "RequestTimeTooSkewed"));
-                plan
-            }
-            "a store that is full" => {
-                let plan = self.stored();
-                self.faults().always("PUT", "", HttpFault::Status(507, "InsufficientStorage"));
-                plan
-            }
-            "a store that is overloaded" => {
-                let plan = self.stored();
-                self.faults().always("", "", HttpFault::Status(503, "SlowDown"));
-                plan
-            }
-            "a store that answers something else" => {
-                let plan = self.stored();
-                self.faults().always("", "", HttpFault::Body("<html>Welcome to the hotel's WLAN</html>".into()));
-                plan
-            }
-            "a store in another region" => {
-                let plan = self.stored();
-                self.faults().always("", "", HttpFault::Headers(301, "x-amz-bucket-region: eu-central-1\r\n"));
-                plan
-            }
-            "a store without conditional writes" => {
-                let mut plan = self.stored();
-                let (runtime, server) = self.store.as_ref().expect("started");
-                let moto = runtime.block_on(S3Server::start_moto());
-                for header in ["if-none-match", "if-match"] {
-                    moto.faults().always("PUT", "", HttpFault::DropHeader(header));
-                }
-                plan.repository = plan.repository.replace(&server.endpoint, &moto.endpoint);
-                plan.named.push((moto.endpoint.clone(), "{endpoint}"));
-                plan.store = None;
-                plan.held.push(Box::new(moto));
-                plan
-            }
-            "a ca_file that is missing" => {
-                let mut plan = self.stored();
-                plan.repository.push_str(&format!("ca_file = \"{}\"\n", plan.home.join("ca.pem").display()));
-                plan.repository = plan.repository.replace("http://", "https://");
-                plan
-            }
-            // What was archived.
-            "an archive" => {
-                let plan = self.after_a_past();
-                let full = stage.make_dir(plan.home.join("full"));
-                stage.write(full.join("something"), "of value");
-                let live = stage.make_dir(plan.home.join("live"));
-                stage.write(live.join("PG_VERSION"), "15\n");
-                stage.write(live.join("postmaster.pid"), format!("{}\n{}\n", std::process::id(), live.display()));
-                mode(&stage.make_dir(plan.home.join("shut")), 0o500);
-                stage.write(plan.home.join("file"), "in the way");
-                plan
-            }
-            "an archive of two systems under one name" => {
-                let plan = self.after_a_past();
-                for part in ["main/7000000000000000001", "main/7000000000000000001/wal"] {
-                    stage.make_dir(plan.home.join("archive").join(part));
-                }
-                stage.write(plan.home.join("archive/main/7000000000000000001/coverage.json"), "{}");
-                plan
-            }
-            "an archive that cannot be read" => {
-                let plan = self.after_a_past();
-                mode(&plan.home.join("archive"), 0o000);
-                plan
-            }
-            other => panic!("no world is known for \"given {other}\""),
+            other => match self.in_a_store(other).or_else(|| self.with_an_archive(other)) {
+                Some(plan) => plan,
+                None => panic!("no world is known for \"given {other}\""),
+            },
         };
         plan.make_world(&stage)
     }
