@@ -1,6 +1,7 @@
 //! Faults: killed at any moment, a lost state database, a store that is down, damaged objects.
 
 mod backup;
+mod burn;
 mod fetch;
 mod gap;
 mod kill;

@@ -8,11 +8,14 @@
 #![allow(dead_code, unused_imports)]
 
 pub mod certificates;
+pub mod crowd;
 pub mod doors;
+pub mod host;
 pub mod ledger;
 pub mod oracle;
 pub mod parts;
 pub mod postgres;
+pub mod random;
 pub mod s3_double;
 pub mod s3_moto;
 pub mod s3_proxy;
