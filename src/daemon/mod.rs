@@ -11,6 +11,7 @@ pub use stores::{open_targets, postgres_settings};
 
 use notify::ServiceManager;
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -32,7 +33,7 @@ const LOCK_PATIENCE: Duration = Duration::from_secs(3);
 const START_TIME: Duration = Duration::from_secs(5);
 const EVALUATE_INTERVAL: Duration = Duration::from_secs(1);
 
-/// What ended the daemon at its start.
+/// What ended the daemon at its start, or was left to do at its end.
 #[derive(Debug, thiserror::Error)]
 pub enum DaemonError {
     #[error(transparent)]
@@ -43,6 +44,12 @@ pub enum DaemonError {
     Repository(#[from] crate::repository::RepositoryError),
     #[error(transparent)]
     Archive(#[from] ArchiveError),
+    #[error("stopped with WAL that is not in the repository: {} to {durable}, it lies in the spool {} only", from_shown(.archived), spool.display())]
+    Stayed { archived: Option<Lsn>, durable: Lsn, spool: PathBuf },
+}
+
+fn from_shown(archived: &Option<Lsn>) -> String {
+    archived.map_or_else(|| "from an unknown position".into(), |archived| format!("from {archived}"))
 }
 
 impl DaemonError {
@@ -52,6 +59,7 @@ impl DaemonError {
             Self::Store(e) => e.hint(),
             Self::Repository(e) => e.hint(),
             Self::Archive(e) => e.hint(),
+            Self::Stayed { .. } => "start walden again to ship it, and keep the spool until then",
         }
     }
 
@@ -61,7 +69,7 @@ impl DaemonError {
             Self::Postgres(_) | Self::Store(_) | Self::Repository(_) => 2,
             Self::Archive(ArchiveError::NoConditions { .. }) => 2,
             Self::Archive(e) if e.is_refusal() => 4,
-            Self::Archive(_) => 1,
+            Self::Archive(_) | Self::Stayed { .. } => 1,
         }
     }
 }
@@ -118,7 +126,7 @@ pub fn archiver_settings(settings: &Settings, connect: ConnectSettings) -> Archi
 }
 
 /// Runs the agent until the token is cancelled. Each message on `reloads` reads the configuration again. `Err` only for what was
-/// refused at the start.
+/// refused at the start, and for WAL that could not be shipped at the end.
 pub async fn run(
     settings: Settings,
     shutdown: CancellationToken,
@@ -201,9 +209,15 @@ async fn archive(
     tracing::info!(event = "stopping", "stopping: shipping what is there");
     archiver.stopped().await;
     let shown = |position: Option<Lsn>| position.map_or("unknown".into(), |position| position.to_string());
-    let (durable, archived) = (shown(board.durable()), shown(board.archived()));
-    tracing::info!(event = "stopped", durable, archived, "stopped");
-    Ok(())
+    let (durable, archived) = (board.durable(), board.archived());
+    tracing::info!(event = "stopped", durable = shown(durable), archived = shown(archived), "stopped");
+    match durable {
+        // Whoever gives the host up now must hear of it.
+        Some(durable) if archived.is_none_or(|archived| archived < durable) => {
+            Err(DaemonError::Stayed { archived, durable, spool: settings.spool.path.clone() })
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Takes over what may change while the agent runs: thresholds and the backup schedule. A broken file changes nothing.

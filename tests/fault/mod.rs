@@ -7,6 +7,7 @@ mod gap;
 mod kill;
 mod spool;
 mod state;
+mod stop;
 mod store;
 
 pub use kill::kill_traced;

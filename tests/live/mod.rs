@@ -18,6 +18,7 @@ mod usage;
 mod stores;
 mod standby;
 mod synchronous;
+mod tail_cost;
 mod timeline;
 mod wal_records;
 mod watched;
