@@ -179,7 +179,7 @@ fn burn_one(
     let durability = if synchronous { "repository" } else { "spool" };
     let more = format!(
         "[archive]\ndurability = \"{durability}\"\ntail_interval = \"{}ms\"\n[upload]\nretry_delay_max = \"1s\"\n",
-        if synchronous { 200 } else { TAIL_INTERVAL.as_millis() }
+        TAIL_INTERVAL.as_millis()
     );
     let host = Host::start(stage, &name, template, store, settings, &more);
     let mut agent = host.walden.run_connected();
@@ -188,7 +188,8 @@ fn burn_one(
     let sessions = if case.full_speed { 4 } else { 2 };
     let mut crowd = Crowd::start(&host.postgres, &stage.join(format!("ledger{number}")), sessions, pause);
     let _load = case.full_speed.then(|| host.full_speed(4));
-    wait_until(MINUTE, "some commits", || crowd.count() > 3);
+    let some = if case.full_speed { 50 } else { 3 };
+    wait_until(MINUTE, "some commits", || crowd.count() > some);
     let mut agents = vec![agent];
     approach(&host, store, &mut agents, case.moment, synchronous, random);
     crowd.assert_at_work();
@@ -265,6 +266,7 @@ fn approach(
             within(random, 1500);
         }
         Moment::AfterOutage => {
+            within(random, 500);
             store.shut();
             within(random, 2000);
             let stays = synchronous && random.below(3) == 0;

@@ -68,7 +68,7 @@ fn an_agent_that_cannot_ship_ends_in_time_and_says_what_stays() {
     let asked = Instant::now();
     let ended = agent.sigterm(MINUTE);
     let took = asked.elapsed();
-    assert!(took > Duration::from_secs(2) && took < Duration::from_secs(8), "it took {took:?}: {}", agent.log_tail());
+    assert!(took > Duration::from_secs(2) && took < Duration::from_secs(12), "it took {took:?}: {}", agent.log_tail());
     assert_eq!(ended.code(), Some(1), "{}", agent.log_tail());
     let log = agent.log();
     let last = log.lines().last().expect("last words");
