@@ -89,11 +89,14 @@ impl Store {
         Walden::with_config(stage, &format!("{more}{}", self.table()))
     }
 
-    /// Nothing can be read or written, until `open`.
+    /// Nothing can be read or written, until `open`, which also ends all other faults.
     pub fn shut(&self) {
         match self {
             Store::Local(path) => set_mode(path, 0o000),
-            Store::S3(server, _) => server.faults().always("", "", HttpFault::Status(503, "SlowDown")),
+            Store::S3(server, _) => {
+                server.faults().clear();
+                server.faults().always("", "", HttpFault::Status(503, "SlowDown"));
+            }
         }
     }
 
