@@ -2,14 +2,14 @@
 # What the tail and the synchronous mode cost and give, as Markdown.
 #
 # BENCH_RATE     transactions per second of pgbench's own script, the busy load (500); the quiet one is 100 one-row commits
-# BENCH_SECONDS  of each measurement (15)         BENCH_RUNS  repetitions for CPU and RPO, the median counts (3)
+# BENCH_SECONDS  of each measurement (10)         BENCH_RUNS  repetitions for CPU and RPO, the median counts (3)
 # BENCH_DIR      where the data lies (/tmp)       WALDEN      a binary built already
 #
 # RPO is sampled against the repository's own content, see rpo.py. CPU seconds are the agent's own (/proc/PID/stat). Requests are
 # counted from the log of an S3 server (moto) in runs of their own, whose CPU is not measured.
 [ -z "${WALDEN:-}" ] || WALDEN="$(realpath "$WALDEN")"
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
-rate="${BENCH_RATE:-500}" seconds="${BENCH_SECONDS:-15}" runs="${BENCH_RUNS:-3}"
+rate="${BENCH_RATE:-500}" seconds="${BENCH_SECONDS:-10}" runs="${BENCH_RUNS:-3}"
 segment_mib=16
 
 PATH="$("$project/tests/setup/postgres.sh" full | tail -n 1):$PATH"
