@@ -23,8 +23,9 @@ test-full: ## the same on PostgreSQL 13 to 18, with the long runs, and the depen
 	@if $(CARGO) deny --version >/dev/null 2>&1; then $(CARGO) deny --offline --locked check bans licenses sources; \
 	else echo "cargo-deny is not here: licences and sources of the dependencies were not checked"; fi
 
-bench: ## whole runs against PostgreSQL's own tools, as a Markdown table
+bench: ## whole runs and commits against PostgreSQL's own tools, as Markdown tables
 	@benches/whole.sh
+	@benches/tail.sh
 
 fmt: ## format the code
 	$(CARGO) fmt

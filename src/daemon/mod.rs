@@ -203,8 +203,17 @@ async fn archive(
     tracing::info!(event = "stopping", "stopping: shipping what is there");
     archiver.stopped().await;
     let shown = |position: Option<Lsn>| position.map_or("unknown".into(), |position| position.to_string());
-    let (durable, archived) = (shown(board.durable()), shown(board.archived()));
-    tracing::info!(event = "stopped", durable, archived, "stopped");
+    let (durable, archived) = (board.durable(), board.archived());
+    tracing::info!(event = "stopped", durable = shown(durable), archived = shown(archived), "stopped");
+    if let Some(durable) = durable.filter(|durable| archived.is_none_or(|archived| archived < *durable)) {
+        // Whoever gives the host up now must hear of it.
+        tracing::error!(
+            event = "left_behind",
+            "stopped with WAL that is not in the repository: {} to {durable} lies in the spool {} only; start walden again to ship it, and keep the spool until then",
+            archived.map_or_else(|| "from an unknown position".into(), |archived| format!("from {archived}")),
+            settings.spool.path.display()
+        );
+    }
     Ok(())
 }
 

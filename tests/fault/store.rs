@@ -90,8 +90,9 @@ fn a_full_spool_leaves_the_wal_on_the_server() {
     assert!(spooled <= 6 << 20, "{spooled} bytes in a spool of 4 MiB");
     let slot = postgres.slot_restart_lsn("walden").expect("the slot holds the WAL");
     assert!(slot < postgres.flush_lsn());
-    // It can be stopped, and starts, full as it is.
+    // It can be stopped, says that WAL stays behind, and starts, full as it is.
     assert!(agent.sigterm(Duration::from_secs(30)).success(), "{}", agent.log_tail());
+    assert!(agent.log().contains("lies in the spool"), "{}", agent.log_tail());
     let mut agent = walden.run();
     agent.wait_status(MINUTE, "the cause spool_full again", |status| has_cause(status, "spool_full"));
     open(&walden);

@@ -62,34 +62,14 @@ const WORDS: [&[u8]; 40] = [
     b"9999",
 ];
 
-/// SplitMix64: small, and the same everywhere.
-pub struct Random(u64);
+pub use crate::support::random::Random;
 
-impl Random {
-    pub fn new(seed: u64) -> Self {
-        Self(seed)
-    }
-
-    pub fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        mixed ^ (mixed >> 31)
-    }
-
-    /// Below `end`, which is more than 0.
-    pub fn below(&mut self, end: usize) -> usize {
-        usize::try_from(self.next() % end as u64).expect("below a usize")
-    }
-
-    /// A part of something that has `length` bytes, mostly a short one.
-    fn range(&mut self, length: usize) -> std::ops::Range<usize> {
-        let start = self.below(length + 1);
-        let longest = if self.next().is_multiple_of(8) { length } else { 32 };
-        let end = (start + 1 + self.below(longest.max(1))).min(length);
-        start.min(end)..end
-    }
+/// A part of something that has `length` bytes, mostly a short one.
+fn range(random: &mut Random, length: usize) -> std::ops::Range<usize> {
+    let start = random.below(length + 1);
+    let longest = if random.next().is_multiple_of(8) { length } else { 32 };
+    let end = (start + 1 + random.below(longest.max(1))).min(length);
+    start.min(end)..end
 }
 
 /// `input` becomes another one; parts of `other` may come into it.
@@ -112,9 +92,9 @@ fn step(random: &mut Random, input: &mut Vec<u8>, other: &[u8]) {
             input[at] =
                 if random.next().is_multiple_of(2) { input[at].wrapping_add(by) } else { input[at].wrapping_sub(by) };
         }
-        6 => drop(input.drain(random.range(length))),
+        6 => drop(input.drain(range(random, length))),
         7 => {
-            let part = input[random.range(length)].to_vec();
+            let part = input[range(random, length)].to_vec();
             let times = if random.next().is_multiple_of(16) { 64 } else { 1 };
             insert(random, input, &part.repeat(times));
         }
@@ -124,11 +104,11 @@ fn step(random: &mut Random, input: &mut Vec<u8>, other: &[u8]) {
             insert(random, input, &bytes[..length]);
         }
         9 => {
-            let part = random.range(other.len());
+            let part = range(random, other.len());
             insert(random, input, &other[part]);
         }
         10 => {
-            let part = &other[random.range(other.len())];
+            let part = &other[range(random, other.len())];
             let at = random.below(length + 1);
             let end = (at + part.len()).min(length);
             input.splice(at..end, part.iter().copied());

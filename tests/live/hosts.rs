@@ -288,10 +288,10 @@ fn a_promotion_at_a_random_moment_under_load_is_followed() {
         wait_until(MINUTE, "a slot on the standby", || standby.slot_restart_lsn("walden").is_some());
         let recorder = Recorder::start(&primary);
         let load = primary.pgbench(&["-c", "4", "-T", "600"]);
-        let moment = 30 + usize::try_from(random.below(60)).expect("a small number");
+        let moment = 30 + usize::try_from(random.number_below(60)).expect("a small number");
         wait_until(MINUTE, "a random moment", || recorder.entries().len() > moment);
         // Anywhere between two commits, too.
-        std::thread::sleep(Duration::from_micros(random.below(20_000)));
+        std::thread::sleep(Duration::from_micros(random.number_below(20_000)));
         if away {
             agent.kill9();
         }

@@ -19,6 +19,7 @@ mod usage;
 mod stores;
 mod standby;
 mod synchronous;
+mod tail_cost;
 mod timeline;
 mod wal_records;
 mod watched;

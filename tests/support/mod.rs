@@ -8,7 +8,9 @@
 #![allow(dead_code, unused_imports)]
 
 pub mod certificates;
+pub mod crowd;
 pub mod doors;
+pub mod host;
 pub mod ledger;
 pub mod oracle;
 pub mod parts;

@@ -227,16 +227,34 @@ impl Postgres {
         self.stop_by(Signal::QUIT);
     }
 
+    /// SIGKILL for the first process and then for all others, which the first one can no longer tell to go in an orderly way.
+    #[track_caller]
+    pub fn kill9(&mut self) {
+        let Some(mut process) = self.process.take() else { return };
+        let _ = process.kill();
+        self.stage.kill_below(&self.data);
+        let _ = process.wait();
+    }
+
     /// A clean shutdown: disconnects everybody, writes a checkpoint, waits for WAL senders.
     #[track_caller]
     pub fn stop_fast(&mut self) {
         self.stop_by(Signal::INT);
     }
 
+    /// For the first process only.
+    pub fn signal(&self, signal: Signal) {
+        if let Some(process) = &self.process {
+            kill_process(pid_of(process), signal).expect("the server runs");
+        }
+    }
+
     #[track_caller]
     fn stop_by(&mut self, signal: Signal) {
-        let Some(process) = &self.process else { return };
-        kill_process(pid_of(process), signal).expect("the server runs");
+        if self.process.is_none() {
+            return;
+        }
+        self.signal(signal);
         self.wait_for_end(Duration::from_secs(60));
     }
 

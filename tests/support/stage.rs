@@ -117,6 +117,16 @@ impl Stage {
     pub fn processes(&self) -> Vec<(u32, String)> {
         processes_below(&self.0.folder)
     }
+
+    /// SIGKILL for every process that works in a folder or was started from it, until there is none.
+    #[track_caller]
+    pub fn kill_below(&self, folder: &Path) {
+        wait_until(Duration::from_secs(30), "killed processes to go", || {
+            let left = processes_below(folder);
+            left.iter().for_each(|(pid, _)| kill(*pid));
+            left.is_empty()
+        });
+    }
 }
 
 impl Inner {
