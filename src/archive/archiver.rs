@@ -19,7 +19,7 @@ use super::identity::{self, Identity};
 use super::live::{Live, LiveSettings, Way};
 use super::pace::Pace;
 use super::predecessors::Predecessors;
-use super::tail::Tail;
+use super::tail::{Tail, TailDemand};
 use super::turn::Turn;
 use super::uploader::{Failing, Uploader};
 use super::{ArchiveError, Halt, Missing};
@@ -242,6 +242,11 @@ impl Archiver {
             stop_timeout,
             _lock: lock,
         })
+    }
+
+    /// For base backups, which wait for the WAL through their stop LSN.
+    pub fn tail_demand(&self) -> TailDemand {
+        TailDemand::new(self.tail.clone())
     }
 
     /// Waits for the live path to end after the token was cancelled, ships what is durable within the bound, then ends the uploads.

@@ -42,5 +42,6 @@ pub use guard::OnDelay;
 pub use hosts::Streaming;
 pub use live::LiveSettings;
 pub use sealer::SpoolBounds;
+pub use tail::TailDemand;
 
 use error::Missing;

@@ -14,7 +14,7 @@ use tokio::sync::watch;
 use super::assembler::{AssemblerSettings, Stretch, header_of};
 use crate::seal::{Encoder, ObjectKind, combine_crc32};
 use crate::storage::Body;
-use crate::wal::SegmentName;
+use crate::wal::{Lsn, SegmentName};
 
 /// Stretches kept apart at most; beyond that, neighbours are joined, so that memory stays bounded however long a store is away.
 const STRETCHES_MAX: usize = 256;
@@ -50,6 +50,24 @@ struct State {
     session: u64,
     /// The agent stops: what there is goes out, whatever the interval says.
     ending: bool,
+    /// A base backup waits for the WAL up to here.
+    demanded: Option<Lsn>,
+}
+
+/// For whoever waits for WAL of the open segment to be in the repositories. Clones share it.
+#[derive(Clone, Debug)]
+pub struct TailDemand(Arc<Tail>);
+
+impl TailDemand {
+    pub(super) fn new(tail: Arc<Tail>) -> Self {
+        Self(tail)
+    }
+
+    /// What comes before `end` is sent as soon as it is here, also where the tail is off.
+    pub fn ship_through(&self, end: Lsn) {
+        self.0.with(|state| state.demanded = state.demanded.max(Some(end)));
+        self.0.tell();
+    }
 }
 
 /// What a repository can be sent.
@@ -251,6 +269,11 @@ impl Tail {
 
     pub fn is_ending(&self) -> bool {
         self.with(|state| state.ending)
+    }
+
+    /// Up to where somebody waits for it.
+    pub fn demanded(&self) -> Option<Lsn> {
+        self.with(|state| state.demanded)
     }
 
     /// Whether a piece made of that session's stretches can still be shipped.

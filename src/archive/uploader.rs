@@ -137,6 +137,8 @@ struct Stand {
     /// Segments of which pieces were found then.
     in_pieces: BTreeSet<SegmentName>,
     courses: Courses,
+    /// What the repository holds without a hole.
+    reach: Lsn,
     /// When the last piece was sent.
     piece_sent: Option<Instant>,
     /// A piece could not be read: the file is waited for.
@@ -379,6 +381,7 @@ impl Uploader {
         if let Some((timeline, sealed)) = self.whole_until().filter(|_| stand.joined) {
             stand.courses.forget_before(timeline, sealed);
             let reach = stand.courses.reach(timeline, sealed, self.segment_size);
+            stand.reach = reach;
             self.shown.set_archived(reach);
             self.confirmed.set(self.shown.name(), timeline, reach);
         }
@@ -389,8 +392,9 @@ impl Uploader {
     /// The next piece to send, if there is something new and its turn has come.
     fn next_piece(&self, stand: &mut Stand) -> Option<Box<Piece>> {
         let is_waited_for = self.durable_in_repository && self.board.is_waited_for();
-        let is_urgent = is_waited_for || self.tail.is_ending();
-        // Commits that wait need the pieces also where the tail is off, and so does an agent that stops.
+        let is_demanded = self.tail.demanded().is_some_and(|end| stand.reach < end);
+        let is_urgent = is_waited_for || is_demanded || self.tail.is_ending();
+        // Commits that wait need the pieces also where the tail is off, and so do a base backup and an agent that stops.
         if !self.tail_on && !is_urgent {
             return None;
         }

@@ -105,7 +105,8 @@ async fn take(
         Err(error) => return Err(alone::refused(&error.into())),
     };
     let archives: Vec<_> = targets.iter().map(|target| target.repository.bind(info.system_identifier)).collect();
-    let wal = backups::StoredWal { archives: archives.clone(), segment_size };
+    let demand = archiver.as_ref().map(Archiver::tail_demand);
+    let wal = backups::StoredWal { archives: archives.clone(), segment_size, demand };
     let bar = output.progress(None, "base backup");
     let shown = bar.clone();
     let progress = move |progress: Progress| {

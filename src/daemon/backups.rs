@@ -8,6 +8,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::archive::Streaming;
+use crate::archive::TailDemand;
 use crate::base_backup::{self, BackupError, BackupRequest, Progress, WalWaiter};
 use crate::config::{BackupSettings, Checkpoint, Settings};
 use crate::postgres::ConnectSettings;
@@ -32,11 +33,16 @@ pub const PAGES_HINT: &str = "keep the older backups; `SELECT pg_filenode_relati
 pub struct StoredWal {
     pub archives: Vec<Archive>,
     pub segment_size: SegmentSize,
+    /// Where this process archives it.
+    pub demand: Option<TailDemand>,
 }
 
 #[async_trait]
 impl WalWaiter for StoredWal {
     async fn wait_archived(&self, timeline: TimelineId, start: Lsn, stop: Lsn) -> Result<(), BoxError> {
+        if let Some(demand) = &self.demand {
+            demand.ship_through(stop);
+        }
         for archive in &self.archives {
             loop {
                 match archive.archived_from(timeline, start, self.segment_size).await {
@@ -92,6 +98,7 @@ struct Seen {
 
 /// Takes the backups of a running agent, one at a time.
 pub struct Backups {
+    pub demand: TailDemand,
     pub settings: Settings,
     pub backup: watch::Receiver<BackupSettings>,
     pub connect: ConnectSettings,
@@ -156,7 +163,8 @@ impl Backups {
 
     async fn take(&self, backup: &BackupSettings) -> Result<BackupJson, BackupError> {
         self.board.backup_started();
-        let wal = StoredWal { archives: self.archives.clone(), segment_size: self.segment_size };
+        let demand = Some(self.demand.clone());
+        let wal = StoredWal { archives: self.archives.clone(), segment_size: self.segment_size, demand };
         let streamed = *self.streaming.borrow();
         let connect = streamed.map_or(self.connect.clone(), |streaming| self.connect.this_host(streaming.host));
         let request = request(&self.settings, backup, connect, self.archives.clone(), None, &self.board);

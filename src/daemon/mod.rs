@@ -186,6 +186,7 @@ async fn archive(
     board.clear(CauseCode::SpoolFailing);
     tasks.spawn(
         backups::Backups {
+            demand: archiver.tail_demand(),
             settings: settings.clone(),
             backup,
             connect: connect.clone(),
