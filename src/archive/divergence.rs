@@ -231,7 +231,7 @@ impl Live {
 }
 
 /// The whole segment, or its pieces from the start on.
-async fn stored_parts(
+pub(super) async fn stored_parts(
     archive: &crate::repository::Archive,
     segment: SegmentName,
 ) -> Result<Vec<HeldPart>, crate::repository::RepositoryError> {

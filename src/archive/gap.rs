@@ -111,21 +111,23 @@ impl Live {
 
     /// A gap is for good, and the slot that is dropped then may hold the WAL: so the server is asked again, some moments later, on a
     /// connection of its own. One that was promoted in this moment has said "already removed" of a segment that it made right then.
-    async fn comes_after_all(&self, start: &Start) -> Result<Option<Lsn>, ArchiveError> {
+    /// From where it comes: with the overlap, or without. `None`: it is gone.
+    pub(super) async fn comes_after_all(&self, start: &Start) -> Result<Option<Lsn>, ArchiveError> {
+        let mut seen = None;
         for _ in 0..SECOND_LOOKS {
             tokio::select! {
                 () = tokio::time::sleep(SECOND_LOOK_PAUSE) => {}
                 () = self.shutdown.cancelled() => return Err(ArchiveError::Stopping),
             }
-            if let Some(position) = self.where_it_comes(start).await? {
-                return Ok(Some(position));
+            seen = self.where_it_comes(start).await?;
+            if seen == Some(start.position) {
+                break;
             }
         }
-        Ok(None)
+        Ok(seen)
     }
 
-    /// From where the WAL comes that follows what is held: with the overlap, or without. `None`: it is gone.
-    pub(super) async fn where_it_comes(&self, start: &Start) -> Result<Option<Lsn>, ArchiveError> {
+    async fn where_it_comes(&self, start: &Start) -> Result<Option<Lsn>, ArchiveError> {
         let look = async {
             match self.comes_from(start.without_overlap, start.timeline).await {
                 Err(error) if error.is_wal_removed() => return Ok(None),

@@ -10,16 +10,19 @@ use tokio_util::sync::CancellationToken;
 use super::archiver::examine;
 use super::assembler::AssemblerSettings;
 use super::closing::HeldWal;
-use super::held::{find_in_spool_on, name_finished};
+use super::divergence::stored_parts;
+use super::held::{HeldBytes, HeldPart, find_in_spool_on, name_finished};
 use super::ship::put_spooled;
 use super::{ArchiveError, ArchiverSettings, Target};
 use crate::disk::Disk;
 use crate::queue::QueueEntry;
-use crate::repository::{LEASE_RENEW, LEASE_TTL, Lease, LeaseAttempt, LeaseHolder, LeaseSeeker, RepositoryWriter};
-use crate::spool::{Spool, read_open};
+use crate::repository::{
+    Archive, LEASE_RENEW, LEASE_TTL, Lease, LeaseAttempt, LeaseHolder, LeaseSeeker, RepositoryWriter,
+};
+use crate::spool::{Spool, parse_relative, read_open};
 use crate::storage::Backoff;
 use crate::telemetry::{Board, CauseCode};
-use crate::wal::{SegmentName, SegmentSize, SystemIdentifier};
+use crate::wal::{Lsn, SegmentName, SegmentSize, SystemIdentifier};
 
 pub struct Predecessors {
     pub settings: ArchiverSettings,
@@ -136,7 +139,9 @@ impl Predecessors {
                 lease.renew().await?;
                 renewed = Instant::now();
             }
-            put_spooled(spool, size, &writer, entry).await?;
+            if !is_held(writer.archive(), spool, size, entry).await? {
+                put_spooled(spool, size, &writer, entry).await?;
+            }
         }
         Ok(())
     }
@@ -174,6 +179,41 @@ impl Predecessors {
         }
         Ok(())
     }
+}
+
+/// Whether the tail pieces that were shipped before hold a segment's last part already, byte for byte: then it need not be there twice.
+async fn is_held(
+    archive: &Archive,
+    spool: &Spool,
+    size: SegmentSize,
+    entry: &QueueEntry,
+) -> Result<bool, ArchiveError> {
+    let Some(name) = parse_relative(&entry.relative, size).filter(|name| name.relative.starts_with("tail/")) else {
+        return Ok(false);
+    };
+    let system = archive.system();
+    let start = Lsn::new(name.order);
+    let end = Lsn::new(start.get() + spool.read_header(&name, system)?.end_offset);
+    let parts = stored_parts(archive, SegmentName::holding(name.timeline, start, size)).await?;
+    if parts.last().is_none_or(|part| part.end() < end) {
+        return Ok(false);
+    }
+    let stores = tokio::runtime::Handle::current();
+    let mut stored = HeldBytes::read(spool.clone(), system, parts, start, end, &stores);
+    let ours = vec![HeldPart::Spooled { start, end, name }];
+    let mut ours = HeldBytes::read(spool.clone(), system, ours, start, end, &stores);
+    let mut at = start;
+    while let Some(chunk) = ours.next().await? {
+        let mut done = 0;
+        while done < chunk.len() {
+            match stored.compare(Lsn::new(at.get() + done as u64), &chunk[done..]).await? {
+                Some(equal) => done += equal,
+                None => break,
+            }
+        }
+        at = Lsn::new(at.get() + chunk.len() as u64); // usize fits
+    }
+    Ok(at == end)
 }
 
 /// Everything with a final name, histories first within each timeline.

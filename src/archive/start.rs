@@ -54,7 +54,7 @@ impl Live {
 
     /// Goes on behind what is held, on the same timeline or on the one that follows it by the server's own account.
     pub(super) async fn next_start(
-        &self,
+        &mut self,
         connection: &mut ReplicationConnection,
         info: &SystemInfo,
         mut held: Held,
@@ -66,6 +66,9 @@ impl Live {
             tracing::warn!(newest = %held.timeline, server = %info.timeline, "the newest timeline that is held is of another branch: going on with the server's own");
             // What is held of the other branch stays, and is shipped.
             self.seal_partial(settings, &held, held.end).await?;
+            // So that the next session need not ask the repositories whose branch that is.
+            let is_stored = own.parts.iter().all(|part| matches!(part, HeldPart::Stored { .. }));
+            self.held_remotely = is_stored.then(|| own.clone());
             held = own;
         }
         if info.timeline == held.timeline {
@@ -234,7 +237,7 @@ impl Live {
             Way::Overlapping => Ok(start),
             // Going on directly behind what is held is possible, but nothing proves that it is the same history.
             Way::WithoutOverlap => {
-                let at = match self.where_it_comes(&start).await? {
+                let at = match self.comes_after_all(&start).await? {
                     // What was said to be gone is there: see `comes_after_all`.
                     Some(position) if position == start.position => return Ok(start),
                     Some(position) => position,

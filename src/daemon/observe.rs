@@ -31,10 +31,12 @@ pub async fn observe(
     let mut observer = Observer { connect, streaming, host: None, settings, board, sql, replication, sql_after: None };
     let mut tick = tokio::time::interval(INTERVAL);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    // Where archiving was stopped nothing streams any more, and the slot grows all the same.
+    let mut may_change = true;
     loop {
         tokio::select! {
             _ = tick.tick() => {}
-            changed = observer.streaming.changed() => if changed.is_err() { return },
+            changed = observer.streaming.changed(), if may_change => may_change = changed.is_ok(),
             () = shutdown.cancelled() => return,
         }
         tokio::select! {

@@ -152,7 +152,8 @@ fn wal_that_is_out_of_sight_for_a_moment_is_no_gap() {
     ledger.commit_many(3);
     postgres.switch_wal();
     ledger.commit_many(3);
-    let next = SegmentName::holding(walden::wal::TimelineId::FIRST, end, postgres.segment_size()).to_string();
+    // The one that follows what is held: `end` lies in the last one that is.
+    let next = SegmentName::holding(walden::wal::TimelineId::FIRST, end, postgres.segment_size()).next().to_string();
     let (there, away) = (postgres.data.join("pg_wal").join(&next), stage.join("away"));
     fs::rename(&there, &away).expect("out of sight");
     let before = postgres.log().matches("has already been removed").count();
