@@ -31,6 +31,8 @@ pub struct Plan {
     pub stop: RecoveryStop,
     pub last_kept: Option<CommitMark>,
     pub first_left_out: Option<CommitMark>,
+    /// For `latest`: through where the archive tells of WAL that is not there.
+    pub told_beyond: Option<Lsn>,
     pub wal: NeededWal,
     pub segment_size: SegmentSize,
     pub required_settings: Vec<(&'static str, i32)>,
@@ -75,6 +77,7 @@ async fn plan_in(
     // A segment may replace its pieces while we look: then all is looked at anew, once or twice.
     for _ in 0..2 {
         match plan_once(&archive, request).await {
+            Ok(plan) if plan.told_beyond.is_some() => tracing::debug!("WAL is told of and not there; planning again"),
             Err(RestoreError::Changed { what }) => tracing::debug!(what, "the archive changed; planning again"),
             Err(RestoreError::Repository(error)) if error.is_not_found() => {
                 tracing::debug!(%error, "the archive changed; planning again");
@@ -179,7 +182,11 @@ async fn resolve(archive: &Archive, catalog: &Catalog, request: &Request) -> Res
     };
     let action = plan::check_action(resolved.stop, request.action);
     action.map_err(|why| Failure::Unreachable(why, "give `--action promote`"))?;
-    finish(archive, &branch, request, resolved).await
+    let told_beyond = match request.target {
+        Target::Latest => catalog.told_beyond(&branch, resolved.stretch.end()),
+        _ => None,
+    };
+    finish(archive, &branch, request, resolved).await.map(|plan| Plan { told_beyond, ..plan })
 }
 
 /// The first moment at which a backup is consistent: before the first record from its stop LSN on, or behind the last one.
@@ -449,6 +456,7 @@ async fn finish(
         stop,
         last_kept: resolved.last_kept,
         first_left_out: resolved.first_left_out,
+        told_beyond: None,
         segment_size: size,
         required_settings: plan::required_settings(backup, &changes),
         request: request.clone(),
@@ -561,6 +569,20 @@ mod tests {
         // Behind a gap it says nothing about what lies before.
         let gap = sketch().segments(1, 5..7).coverage(1, UNTIL, 6 * MIB);
         assert_eq!(covered(&gap.done(), 1), vec![None, known]);
+    }
+
+    #[test]
+    fn wal_that_is_told_of_and_not_there_is_noticed() {
+        const UNTIL: &str = "2026-11-20T06:00:00Z";
+        let told = |archived: u64, id: u32| {
+            let catalog = Sketch::new().segments(1, 1..4).coverage(id, UNTIL, archived).done();
+            let branch = catalog.history(timeline(1)).unwrap();
+            catalog.told_beyond(&branch, catalog.stretches(&branch).last().unwrap().end())
+        };
+        assert_eq!(told(4 * MIB, 1), None);
+        assert_eq!(told(3 * MIB, 1), None, "the coverage is older than the WAL");
+        assert_eq!(told(4 * MIB + 8, 1), Some(Lsn::new(4 * MIB + 8)));
+        assert_eq!(told(9 * MIB, 2), None, "it is another branch's");
     }
 
     #[test]
