@@ -11,7 +11,7 @@ use super::{exit, reading};
 use crate::config::Settings;
 use crate::repository::{Archive, BackupJson, Catalog, Repository, Window};
 use crate::restore::{self, RestoreError};
-use crate::wal::{PgTime, SystemIdentifier};
+use crate::wal::{Lsn, PgTime, SystemIdentifier};
 
 pub fn run(settings: &Settings, output: &Output, args: &ListArgs) -> Result<u8, CliError> {
     reading::runtime()?.block_on(async {
@@ -62,6 +62,12 @@ impl Found {
     fn complete_until(&self) -> Option<PgTime> {
         let current = self.catalog.current_timeline()?;
         self.windows.iter().rev().find(|window| window.timeline == current)?.to_time
+    }
+
+    fn told_beyond(&self) -> Option<Lsn> {
+        let branch = self.catalog.history(self.catalog.newest_timeline()?)?;
+        let end = self.catalog.stretches(&branch).last()?.end();
+        self.catalog.told_beyond(&branch, end)
     }
 
     fn json(&self) -> Value {
@@ -146,6 +152,9 @@ impl Found {
                 ]);
             }
             text.push_str(&format!("{table}\n"));
+        }
+        if let Some(told) = self.told_beyond() {
+            text.push_str(&format!("\nMISSING WAL: {}\n", reading::missing_wal(told)));
         }
         for gap in self.catalog.open_gaps() {
             text.push_str(&format!(

@@ -135,6 +135,11 @@ pub fn plan_json(plan: &Plan, settings: &[(&'static str, Vec<u8>)], files: &[Str
     })
 }
 
+/// WAL that the archive tells of and does not have.
+pub fn missing_wal(told: Lsn) -> String {
+    format!("coverage.json tells of WAL through {told}, and not all of it is here: it was lost, or never came")
+}
+
 /// A plan in words, line by line.
 pub fn plan_lines(plan: &Plan) -> Vec<String> {
     let mark = |mark: Option<CommitMark>| match mark {
@@ -161,6 +166,9 @@ pub fn plan_lines(plan: &Plan) -> Vec<String> {
     if plan.last_kept.is_some() || plan.first_left_out.is_some() {
         lines.push(format!("last commit or abort kept: {}", mark(plan.last_kept)));
         lines.push(format!("first left out: {}", mark(plan.first_left_out)));
+    }
+    if let Some(told) = plan.told_beyond {
+        lines.push(format!("MISSING WAL: {}; another repository may have it (--repository)", missing_wal(told)));
     }
     if let Some(damaged) = plan.backup.pages_damaged() {
         lines.push(format!("DAMAGED PAGES: {}; --backup ID takes another backup", clean(&damaged)));

@@ -176,6 +176,15 @@ impl Catalog {
         open
     }
 
+    /// Through where `coverage.json` tells of WAL on this branch, if only `end` is there: what lies between was lost, or never came to
+    /// this repository.
+    pub fn told_beyond(&self, branch: &TimelineHistory, end: Lsn) -> Option<Lsn> {
+        let coverage = self.coverage.as_ref()?;
+        let (begin, switch) = branch.range_of(coverage.timeline)?;
+        let on_branch = begin <= coverage.archived_lsn && switch.is_none_or(|switch| coverage.archived_lsn <= switch);
+        (on_branch && coverage.archived_lsn > end).then_some(coverage.archived_lsn)
+    }
+
     /// Spans held of one timeline, ascending.
     fn held(&self, wal: &TimelineWal) -> Vec<(Lsn, Lsn)> {
         let mut held: Vec<(Lsn, Lsn)> = wal.runs.iter().map(|run| (run.start, run.end)).collect();

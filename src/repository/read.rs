@@ -338,6 +338,8 @@ impl Archive {
 
     /// Everything that the archive holds, from listings and small objects.
     pub async fn catalog(&self) -> Result<Catalog, RepositoryError> {
+        // First, so that what it tells of was there when the WAL is listed.
+        let coverage = self.coverage().await;
         let backups = self.backups().await?;
         let wal = self.list(&self.keys().wal_prefix(), None).await?;
         let tail = self.list(&self.keys().tail_prefix(), None).await?;
@@ -371,7 +373,7 @@ impl Archive {
         if let Some(size) = size {
             self.gaps(size).await?.into_iter().for_each(|gap| builder.gap(gap));
         }
-        match self.coverage().await {
+        match coverage {
             Ok(coverage) => builder.coverage(coverage),
             // Only a hint: without it the WAL's own times count.
             Err(error) if error.is_damaged() || matches!(error, RepositoryError::NewerFormat { .. }) => {

@@ -33,6 +33,8 @@ pub struct Plan {
     pub stop: RecoveryStop,
     pub last_kept: Option<CommitMark>,
     pub first_left_out: Option<CommitMark>,
+    /// For `latest`: through where the archive tells of WAL that is not there.
+    pub told_beyond: Option<Lsn>,
     pub wal: NeededWal,
     pub segment_size: SegmentSize,
     pub required_settings: Vec<(&'static str, i32)>,
@@ -77,6 +79,7 @@ async fn plan_in(
     // A segment may replace its pieces while we look: then all is looked at anew, once or twice.
     for _ in 0..2 {
         match plan_once(&archive, request).await {
+            Ok(plan) if plan.told_beyond.is_some() => tracing::debug!("WAL is told of and not there; planning again"),
             Err(RestoreError::Changed { what }) => tracing::debug!(what, "the archive changed; planning again"),
             Err(RestoreError::Repository(error)) if error.is_not_found() => {
                 tracing::debug!(%error, "the archive changed; planning again");
@@ -181,9 +184,13 @@ async fn resolve(archive: &Archive, catalog: &Catalog, request: &Request) -> Res
     };
     let action = plan::check_action(resolved.stop, request.action);
     action.map_err(|why| Failure::Unreachable(why, "give `--action promote`"))?;
-    let plan = finish(archive, &branch, request, resolved).await?;
+    let told_beyond = match request.target {
+        Target::Latest => catalog.told_beyond(&branch, resolved.stretch.end()),
+        _ => None,
+    };
     let beside = if request.timeline.is_none() { catalog.beside(&branch) } else { Vec::new() };
-    Ok(Plan { beside, ..plan })
+    let plan = finish(archive, &branch, request, resolved).await?;
+    Ok(Plan { beside, told_beyond, ..plan })
 }
 
 /// The first moment at which a backup is consistent: before the first record from its stop LSN on, or behind the last one.
@@ -454,6 +461,7 @@ async fn finish(
         stop,
         last_kept: resolved.last_kept,
         first_left_out: resolved.first_left_out,
+        told_beyond: None,
         segment_size: size,
         required_settings: plan::required_settings(backup, &changes),
         request: request.clone(),
@@ -543,40 +551,5 @@ async fn histories(archive: &Archive, branch: &TimelineHistory) -> Result<Vec<Pl
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::repository::test_support::{MIB, Sketch, time, timeline};
-
-    fn covered(catalog: &Catalog, id: u32) -> Vec<Option<PgTime>> {
-        let branch = catalog.history(timeline(id)).unwrap();
-        catalog.stretches(&branch).iter().map(|stretch| covered_until(catalog, &branch, stretch)).collect()
-    }
-
-    #[test]
-    fn the_coverage_counts_only_with_its_wal() {
-        const UNTIL: &str = "2026-11-20T06:00:00Z";
-        let known = Some(time(UNTIL));
-        let sketch = || Sketch::new().segments(1, 1..4);
-        assert_eq!(covered(&sketch().done(), 1), vec![None]);
-        assert_eq!(covered(&sketch().coverage(1, UNTIL, 4 * MIB).done(), 1), vec![known]);
-        // The WAL through the position that it names is not there (any more).
-        assert_eq!(covered(&sketch().coverage(1, UNTIL, 4 * MIB + 1).done(), 1), vec![None]);
-        let tail = sketch().piece(1, 4, 0, 0x100);
-        assert_eq!(covered(&tail.coverage(1, UNTIL, 4 * MIB + 0x100).done(), 1), vec![known]);
-        // Behind a gap it says nothing about what lies before.
-        let gap = sketch().segments(1, 5..7).coverage(1, UNTIL, 6 * MIB);
-        assert_eq!(covered(&gap.done(), 1), vec![None, known]);
-    }
-
-    #[test]
-    fn the_coverage_of_another_branch_does_not_count() {
-        const UNTIL: &str = "2026-11-20T06:00:00Z";
-        let history = format!("1\t0/{:X}\tx\n", 3 * MIB);
-        let sketch = || Sketch::new().segments(1, 1..6).segments(2, 3..5).history(2, &history);
-        // Timeline 1 beyond the switch is not on timeline 2's branch; up to it, it is.
-        assert_eq!(covered(&sketch().coverage(1, UNTIL, 4 * MIB).done(), 2), vec![None]);
-        assert_eq!(covered(&sketch().coverage(1, UNTIL, 3 * MIB).done(), 2), vec![Some(time(UNTIL))]);
-        assert_eq!(covered(&sketch().coverage(2, UNTIL, 4 * MIB).done(), 1), vec![None]);
-        assert_eq!(covered(&sketch().coverage(2, UNTIL, 4 * MIB).done(), 2), vec![Some(time(UNTIL))]);
-    }
-}
+#[path = "resolve_tests.rs"]
+mod tests;
