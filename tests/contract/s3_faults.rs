@@ -119,6 +119,7 @@ async fn errors_have_their_kind_and_say_what_to_do() {
         StorageError::NoBucket { .. } => "no bucket",
         StorageError::Throttled { .. } => "throttled",
         StorageError::Unavailable { .. } => "unavailable",
+        StorageError::NotAStore { .. } => "no store",
         StorageError::Settings { .. } => "settings",
         StorageError::Full { .. } => "full",
         _ => "other",
@@ -135,7 +136,7 @@ async fn errors_have_their_kind_and_say_what_to_do() {
         (HttpFault::Status(500, "InternalError"), "unavailable"),
         (HttpFault::Status(507, "XMinioStorageFull"), "full"),
         (HttpFault::Headers(301, "x-amz-bucket-region: eu-west-3\r\nlocation: http://192.0.2.1/\r\n"), "settings"),
-        (HttpFault::Body("<html>login</html>".to_owned()), "unavailable"),
+        (HttpFault::Body("<html>login</html>".to_owned()), "no store"),
     ] {
         double.server.faults().always("PUT", "", fault.clone());
         double.server.faults().always("GET", "", fault.clone());
