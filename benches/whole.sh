@@ -6,6 +6,7 @@
 #
 # Wall times are as good as the machine is quiet. CPU seconds are the process's own (/proc/PID/stat, 10 ms), the
 # server's are not in them. Peak memory is VmHWM. Every contender writes to the same file system, flushed before.
+[ -z "${WALDEN:-}" ] || WALDEN="$(realpath "$WALDEN")"
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 gib="${BENCH_GIB:-2}" runs="${BENCH_RUNS:-3}"
 

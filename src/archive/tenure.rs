@@ -4,12 +4,10 @@ use std::time::Duration;
 
 use super::ArchiveError;
 use super::uploader::{Covered, Ended, SILENT_AFTER, Uploader, Work, describe};
-use crate::repository::{Lease, LeaseAttempt, LeaseSeeker, RepositoryError, RepositoryWriter};
+use crate::repository::{LEASE_POLL, LEASE_TTL, Lease, LeaseAttempt, LeaseSeeker, RepositoryError, RepositoryWriter};
 use crate::storage::Backoff;
 use crate::telemetry::CauseCode;
 
-const LEASE_TTL: Duration = Duration::from_secs(30);
-const LEASE_POLL: Duration = Duration::from_secs(5);
 /// How long a stopping agent tries to tell what is covered and to give the lease back.
 const RELEASE_LIMIT: Duration = Duration::from_secs(3);
 

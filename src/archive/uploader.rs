@@ -22,13 +22,14 @@ use super::turn::Turn;
 use super::{ArchiveError, Halt, Missing};
 use crate::failure::NextStep;
 use crate::queue::QueueEntry;
-use crate::repository::{Archive, Lease, LeaseHolder, Piece as StoredPiece, RepositoryError, RepositoryWriter};
+use crate::repository::{
+    Archive, LEASE_RENEW, Lease, LeaseHolder, Piece as StoredPiece, RepositoryError, RepositoryWriter,
+};
 use crate::spool::Spool;
 use crate::storage::ObjectStore;
 use crate::telemetry::{Board, CauseCode, RepositoryBoard};
 use crate::wal::{Lsn, PgTime, SegmentName, SegmentSize, SystemIdentifier, TimelineId};
 
-const LEASE_RENEW: Duration = Duration::from_secs(10);
 /// The server's position is asked every two seconds, so it is seldom written more often than that.
 const COVERAGE_INTERVAL: Duration = Duration::from_millis(500);
 /// A server that has written nothing for so long is a quiet one, and `coverage.json` is written as seldom as `COVERAGE_QUIET` then.

@@ -341,8 +341,9 @@ impl Archive {
         // First, so that what it tells of was there when the WAL is listed.
         let coverage = self.coverage().await;
         let backups = self.backups().await?;
-        let wal = self.list(&self.keys().wal_prefix(), None).await?;
+        // Pieces go once their segment is stored whole: in this order one of the two is seen.
         let tail = self.list(&self.keys().tail_prefix(), None).await?;
+        let wal = self.list(&self.keys().wal_prefix(), None).await?;
         let size = self.segment_size(&backups, wal.iter().chain(&tail)).await?;
         let mut builder = CatalogBuilder::new(self.keys().clone(), size);
         for object in wal.iter().chain(&tail) {

@@ -20,7 +20,7 @@ use crate::support::{Agent, Postgres, Stage, is_full, parts, wait_until};
 const MINUTE: Duration = Duration::from_secs(60);
 const TAIL_INTERVAL: Duration = Duration::from_secs(1);
 /// Until a cut is on disk and its upload begins, by a debug build beside other tests.
-const SLACK: Duration = Duration::from_millis(250);
+const SLACK: Duration = Duration::from_millis(500);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Moment {

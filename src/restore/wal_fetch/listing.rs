@@ -65,8 +65,9 @@ async fn segment_by_listing(archive: &Archive, name: &str, path: &Path) -> Resul
         }
     }
     let timeline = guess.timeline();
-    let segments = archive.list(&archive.keys().timeline_prefix(timeline), None).await?;
+    // Pieces go once their segment is stored whole: in this order one of the two is seen.
     let pieces = archive.list(&archive.keys().tail_timeline_prefix(timeline), None).await?;
+    let segments = archive.list(&archive.keys().timeline_prefix(timeline), None).await?;
     let Some(any) = segments.iter().chain(&pieces).find(|object| object.size >= HEADER_LEN as u64) else {
         return nothing_of(archive, timeline).await;
     };
