@@ -42,7 +42,7 @@ const IDLE_TICK: Duration = Duration::from_secs(1);
 /// A small request that takes longer is not answered.
 pub(super) const SILENT_AFTER: Duration = Duration::from_secs(15);
 /// How long the upload of a whole segment may take before the rest of it is sent as a piece.
-const WHOLE_PATIENCE: Duration = Duration::from_secs(1);
+const WHOLE_PATIENCE: Duration = Duration::from_secs(5);
 /// How long the store is not asked again what it holds.
 const ASK_PAUSE: Duration = Duration::from_millis(300);
 /// How long a piece is left alone whose bytes could not be read.

@@ -136,7 +136,8 @@ async fn errors_have_their_kind_and_say_what_to_do() {
         (HttpFault::Status(500, "InternalError"), "unavailable"),
         (HttpFault::Status(507, "XMinioStorageFull"), "full"),
         (HttpFault::Headers(301, "x-amz-bucket-region: eu-west-3\r\nlocation: http://192.0.2.1/\r\n"), "settings"),
-        (HttpFault::Body("<html>login</html>".to_owned()), "no store"),
+        // An upload is looked at by HEAD, whose answer has no page to show.
+        (HttpFault::Body("<html>login</html>".to_owned()), "unavailable"),
     ] {
         double.server.faults().always("PUT", "", fault.clone());
         double.server.faults().always("GET", "", fault.clone());
@@ -145,7 +146,8 @@ async fn errors_have_their_kind_and_say_what_to_do() {
         let put_error = put_error.expect_err(&format!("{fault:?}"));
         assert_eq!(kind(&put_error), expected, "{fault:?}: {put_error}");
         let list_error = double.store.list("", None).await.unwrap_err();
-        assert_eq!(kind(&list_error), expected, "{fault:?}: {list_error}");
+        let is_page = matches!(fault, HttpFault::Body(_));
+        assert_eq!(kind(&list_error), if is_page { "no store" } else { expected }, "{fault:?}: {list_error}");
         assert!(!put_error.to_string().contains('\n') && !put_error.hint().is_empty());
         double.server.faults().clear();
     }
