@@ -283,14 +283,16 @@ pub fn gap_of(system: SystemIdentifier, timeline: TimelineId, from: Lsn, to: Lsn
 /// Shows a gap that was just found, under its cause.
 pub fn tell_gap(board: &Board, gap: &Gap) {
     let Gap { timeline, from_lsn, to_lsn, since, .. } = *gap;
-    board.add_gap(GapFact { timeline, from_lsn, to_lsn, since, reason: gap.reason.clone() });
-    board.raise(
-        CauseCode::Gap,
-        format!(
-            "the WAL from {from_lsn} to {to_lsn} on timeline {timeline} is lost ({}); no moment from there to the next base backup can be restored: take one",
-            gap.reason
-        ),
+    let is_new = board.add_gap(GapFact { timeline, from_lsn, to_lsn, since, reason: gap.reason.clone() });
+    let message = format!(
+        "the WAL from {from_lsn} to {to_lsn} on timeline {timeline} is lost ({}); no moment from there to the next base backup can be restored: take one",
+        gap.reason
     );
+    if is_new && board.is_raised(CauseCode::Gap) {
+        // The cause stands already, for another gap, so that raising it says nothing.
+        tracing::error!(event = "gap", "{message}");
+    }
+    board.raise(CauseCode::Gap, message);
 }
 
 /// Shows the gaps of an archive at the start of the agent. Those with a backup behind them are history: shown, no alarm.

@@ -309,13 +309,15 @@ impl Board {
         self.facts().gaps = gaps;
     }
 
-    /// Adds a gap that was just found. One that is known already is not told twice.
-    pub fn add_gap(&self, gap: GapFact) {
+    /// Adds a gap that was just found. False if it is known already.
+    pub fn add_gap(&self, gap: GapFact) -> bool {
         let gaps = &mut self.facts().gaps;
         let span = |gap: &GapFact| (gap.timeline, gap.from_lsn, gap.to_lsn);
-        if !gaps.iter().any(|known| span(known) == span(&gap)) {
+        let is_new = !gaps.iter().any(|known| span(known) == span(&gap));
+        if is_new {
             gaps.push(gap);
         }
+        is_new
     }
 
     /// What a window depends on besides its backup: another timeline or another gap begins or ends one.
