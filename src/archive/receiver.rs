@@ -55,7 +55,7 @@ pub struct Receiver<'a> {
     pub missing: watch::Receiver<BTreeSet<SegmentName>>,
     /// Changes when a repository can go on only if the open segment is cut elsewhere: the stream begins again.
     pub recut: watch::Receiver<u64>,
-    /// Where the slot stood at the connection. It is not moved back: the WAL before may be gone, and the slot with it.
+    /// Where the slot stood at the connection. It is not moved back into another segment: that may be gone, and the slot with it.
     pub slot_at: Lsn,
     pub guard: &'a mut SyncGuard,
     pub turn: Turn,
@@ -348,13 +348,15 @@ impl Receiver<'_> {
         } else {
             durable
         };
-        if durable < self.slot_at {
+        // Within the segment nothing is lost by going back, and a slot that was just made stands ahead of what is held.
+        let slot_segment = self.segment_size.start_of(self.slot_at);
+        if durable < slot_segment {
             return Lsn::ZERO;
         }
         let held_back = Lsn::new(durable.get().saturating_sub(PAGE_SIZE as u64));
         let hold_back =
             self.segment_size.is_boundary(durable) && held_back >= self.begun_at && self.asked_at_end < SHUTS_DOWN;
-        if hold_back && !is_waited_for { held_back.max(self.slot_at) } else { durable }
+        if hold_back && !is_waited_for { held_back.max(slot_segment) } else { durable }
     }
 
     async fn flush_all(&mut self) -> Result<(), ArchiveError> {

@@ -130,6 +130,8 @@ struct Stand {
     /// What it holds in front of the first object to ship was looked at.
     joined: bool,
     joining: bool,
+    /// It cannot be looked at yet.
+    join_waits: bool,
     /// The timeline whose pieces were listed.
     listed: Option<TimelineId>,
     listing: bool,
@@ -204,7 +206,7 @@ impl Uploader {
             tokio::select! {
                 () = self.shutdown.cancelled() => return Ended::Shutdown,
                 () = self.halt.halted() => return Ended::Halted,
-                _ = backlog_changed.changed() => {}
+                _ = backlog_changed.changed() => stand.join_waits = false,
                 _ = tail_changed.changed() => {}
                 _ = tick.tick() => self.tell_silence(&mut stand),
                 _ = coverage.tick() => if stand.covering.is_none() && self.is_coverage_due(&stand.covered) {
@@ -275,7 +277,7 @@ impl Uploader {
         if stand.ask_not_before.is_some_and(|at| Instant::now() < at) {
             return;
         }
-        if !stand.joined && !stand.joining {
+        if !stand.joined && !stand.joining && !stand.join_waits {
             stand.joining = true;
             let (uploader, writer) = (self.clone(), writer.clone());
             chores.spawn(async move { Chore::Joined(uploader.join_on(&writer).await) });
@@ -310,8 +312,8 @@ impl Uploader {
         match chore {
             Chore::Joined(Ok(joined)) => {
                 (stand.joined, stand.joining) = (joined, false);
-                // Where shipping begins is not known before the first connection.
-                stand.ask_not_before = (!joined).then(|| Instant::now() + ASK_PAUSE);
+                // Where shipping begins is not known before the first connection, which the backlog tells.
+                stand.join_waits = !joined;
                 if joined && !stand.silent {
                     self.tell_store(Work::Requests, None);
                 }

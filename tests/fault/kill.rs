@@ -52,6 +52,8 @@ fn fifty_kills_under_load_lose_and_change_nothing() {
     let mut agent = walden.run_connected();
     let recorder = Recorder::start(&postgres);
     let load = postgres.pgbench(&["-c", "2", "-T", "3000", "--rate", "400"]);
+    // Before anything came, the slot stands where the server made it.
+    agent.wait_durable(postgres.flush_lsn(), MINUTE);
     let mut last_slot = postgres.slot_restart_lsn("walden").expect("the agent made a slot that holds WAL");
     let (mut kills, mut at_a_call) = (0, 0);
 

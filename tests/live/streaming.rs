@@ -116,6 +116,8 @@ fn the_slot_never_passes_what_is_durable() {
         let mut agent = walden.run_connected();
         postgres.pgbench_init(1);
         let load = postgres.pgbench(&["-c", "2", "-T", "600"]);
+        // Before anything came, the slot stands where the server made it.
+        agent.wait_status(MINUTE, "the first position", |status| status[position].is_string());
         let (mut polls, mut moved) = (0, 0);
         let mut last = None;
         wait_until(MINUTE, "the slot to move while it is watched", || {
