@@ -398,8 +398,10 @@ impl Live {
     async fn assembler(&self, start: &Start, settings: AssemblerSettings) -> Result<Assembler, ArchiveError> {
         let built = SegmentName::holding(start.timeline, start.sealed_until, self.segment_size);
         let wanted_cuts = self.wanted_cuts(built).await;
-        let indexer =
-            self.indexer_at(start.timeline, start.position, start.open_record, &start.parts, start.max_time).await?;
+        let indexer = self
+            .held_wal()
+            .indexer_at(start.timeline, start.position, start.open_record, &start.parts, start.max_time)
+            .await?;
         let first = SegmentName::holding(start.timeline, start.position, self.segment_size);
         let sealed_until = start.sealed_until.max(start.position);
         Ok(Assembler::new(settings, self.spool.clone(), indexer, first, sealed_until, wanted_cuts)?)

@@ -7,7 +7,7 @@ use super::live::{Live, Way};
 use crate::postgres::{ReplicationConnection, SystemInfo};
 use crate::spool::Spool;
 use crate::telemetry::CauseCode;
-use crate::wal::{Indexer, Lsn, PgTime, SegmentName, TimelineId};
+use crate::wal::{Lsn, PgTime, SegmentName, TimelineId};
 
 /// Why there is a gap, where the server did not say it in its own words.
 const WAL_REMOVED: &str = "the server has already removed the WAL that was asked for";
@@ -256,16 +256,5 @@ impl Live {
                 self.start_behind_gap(connection, start, settings, &why, slot_lost).await
             }
         }
-    }
-
-    pub(super) async fn indexer_at(
-        &self,
-        timeline: TimelineId,
-        position: Lsn,
-        open_record: Option<Lsn>,
-        parts: &[HeldPart],
-        branch_max_time: Option<PgTime>,
-    ) -> Result<Indexer, ArchiveError> {
-        self.held_wal().indexer_at(timeline, position, open_record, parts, branch_max_time).await
     }
 }

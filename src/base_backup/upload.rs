@@ -216,6 +216,18 @@ async fn complete(
     }
 }
 
+/// What a call gave, or `Cancelled`.
+async fn unless_stopped<T>(
+    stop: &CancellationToken,
+    call: impl Future<Output = Result<T, RepositoryError>>,
+) -> Result<Result<T, RepositoryError>, BackupError> {
+    tokio::select! {
+        biased;
+        () = stop.cancelled() => Err(BackupError::Cancelled),
+        result = call => Ok(result),
+    }
+}
+
 /// Calls until it works, with growing delays and without an end, unless `tries_max` sets one; an error that no retry can heal ends it,
 /// and so does `stop`.
 pub(super) async fn until_done<T, F>(
@@ -229,13 +241,9 @@ where
 {
     let mut backoff = Backoff::new(delay_max);
     loop {
-        let error = tokio::select! {
-            biased;
-            () = stop.cancelled() => return Err(BackupError::Cancelled),
-            result = call() => match result {
-                Ok(value) => return Ok(value),
-                Err(error) => error,
-            },
+        let error = match unless_stopped(stop, call()).await? {
+            Ok(value) => return Ok(value),
+            Err(error) => error,
         };
         let tries_max = match error.next_step() {
             NextStep::Stop => Some(0),
@@ -276,13 +284,9 @@ where
 {
     let mut backoff = Backoff::new(delay_max);
     loop {
-        let error = tokio::select! {
-            biased;
-            () = stop.cancelled() => return Err(BackupError::Cancelled),
-            result = call() => match result {
-                Ok(value) => return Ok(value),
-                Err(error) => error,
-            },
+        let error = match unless_stopped(stop, call()).await? {
+            Ok(value) => return Ok(value),
+            Err(error) => error,
         };
         let delay = backoff.next_delay();
         if !error.may_pass() || Instant::now() + delay >= deadline {
