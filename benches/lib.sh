@@ -1,4 +1,4 @@
-# Sourced by whole.sh: a throw-away server, and the measuring of one process.
+# Sourced by whole.sh and tail.sh: throw-away servers, and the measuring of one process.
 
 set -euo pipefail
 umask 022
@@ -51,6 +51,20 @@ free_port() {
     (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null || { echo "$port" && return; }
   done
   fail "no free port"
+}
+
+# An S3 server with the bucket "bench"; sets $s3_port.
+s3_server() {
+  local turn
+  s3_port="$(free_port)"
+  "$project/.cache/venv/bin/moto_server" -H 127.0.0.1 -p "$s3_port" >"$stage/moto.log" 2>&1 &
+  background+=($!)
+  export AWS_ACCESS_KEY_ID=bench AWS_SECRET_ACCESS_KEY=bench
+  for turn in $(seq 300); do
+    if curl -sf -o /dev/null -X PUT "http://127.0.0.1:$s3_port/bench"; then return; fi
+    sleep 0.1
+  done
+  fail "the S3 server does not answer"
 }
 
 # server NAME SEGMENT_MIB: initdb and start; sets $port and $server_pid. Its WAL is kept by slots only.

@@ -121,14 +121,7 @@ done
 
 # ---- the tail: requests ----------------------------------------------------------------------------------------------
 
-s3_port="$(free_port)"
-"$project/.cache/venv/bin/moto_server" -H 127.0.0.1 -p "$s3_port" >"$stage/moto.log" 2>&1 &
-background+=($!)
-export AWS_ACCESS_KEY_ID=bench AWS_SECRET_ACCESS_KEY=bench
-for turn in $(seq 300); do
-  if curl -sf -o /dev/null -X PUT "http://127.0.0.1:$s3_port/bench"; then break; fi
-  sleep 0.1
-done
+s3_server
 requests=()
 # count_requests WHAT INTERVAL SECONDS: a row of the requests in the next seconds, by kind, per second; and what a day of them costs
 # by the list price of S3 standard: 0.005 USD for 1,000 PUT and LIST, 0.0004 for 1,000 GET and HEAD, nothing for DELETE.

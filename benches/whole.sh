@@ -112,14 +112,7 @@ goal=$((16#${goal_lsn%/*} << 32 | 16#${goal_lsn#*/}))
 raw=$((goal - (16#${first%/*} << 32 | 16#${first#*/}) / 16777216 * 16777216))
 say "$((raw / 1048576)) MiB of WAL, up to $goal_lsn"
 
-s3_port="$(free_port)"
-"$project/.cache/venv/bin/moto_server" -H 127.0.0.1 -p "$s3_port" >"$stage/moto.log" 2>&1 &
-background+=($!)
-export AWS_ACCESS_KEY_ID=bench AWS_SECRET_ACCESS_KEY=bench
-for turn in $(seq 300); do
-  if curl -sf -o /dev/null -X PUT "http://127.0.0.1:$s3_port/bench"; then break; fi
-  sleep 0.1
-done
+s3_server
 
 table=()
 say "streaming"
