@@ -9,25 +9,13 @@ use walden::wal::{Lsn, SegmentName};
 
 use crate::live::streaming::archive_all;
 use crate::support::oracle::{assert_no_temporary_names, cluster_folder, compare_fetched, compare_stored, files_below};
+use crate::support::random::Random;
 use crate::support::{Agent, Postgres, Recorder, Stage, Walden, parts, wait_until};
 
 const MINUTE: Duration = Duration::from_secs(60);
 /// Kills altogether, and those at a random fsync, rename or write.
 const KILLS: u32 = 52;
 const AT_A_CALL: u32 = 26;
-
-/// A small generator with a printed seed, so that a failure can be repeated.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, bound: u64) -> u64 {
-        // Xorshift64*; quality does not matter here.
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        (self.0.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 33) % bound
-    }
-}
 
 /// The server removes WAL as soon as the slot lets it (`wal_keep_size = 0`, frequent checkpoints), so a position that
 /// was confirmed too early shows as a segment that nobody has any more. The archive must be whole, equal to the
@@ -37,7 +25,7 @@ fn fifty_kills_under_load_lose_and_change_nothing() {
     let seed = std::env::var("WALDEN_TEST_SEED").ok().and_then(|text| text.parse().ok());
     let seed = seed.unwrap_or_else(|| jiff::Timestamp::now().as_nanosecond() as u64 | 1); // the low bits are enough
     eprintln!("WALDEN_TEST_SEED={seed}");
-    let mut random = Random(seed);
+    let mut random = Random::new(seed);
 
     let stage = Stage::new("kills");
     let postgres = Postgres::builder(17)
@@ -64,7 +52,7 @@ fn fifty_kills_under_load_lose_and_change_nothing() {
         last_slot = slot;
         let held = held_end(&walden, &postgres);
         assert!(slot <= held, "the server was told {slot}, but spool and repository end at {held}");
-        match random.below(4) {
+        match random.number_below(4) {
             // The last agent may have died before it made a new one.
             0 if walden.state().exists() => std::fs::remove_dir_all(walden.state()).expect("it can be removed"),
             1 => {
@@ -91,7 +79,7 @@ fn fifty_kills_under_load_lose_and_change_nothing() {
             agent.kill9();
         } else {
             // Streaming, or still on its way to it: both are moments to be killed in.
-            let pause = Duration::from_millis(random.below(1200));
+            let pause = Duration::from_millis(random.number_below(1200));
             wait_until(MINUTE, "the moment to kill", || begun.elapsed() >= pause);
             agent.kill9();
         }
@@ -165,8 +153,8 @@ fn run_traced(stage: &Stage, walden: &Walden, random: &mut Random) -> Agent {
         ("fdatasync", 40),
         ("rename,renameat,renameat2", 12),
         ("write,pwrite64,writev,pwritev", 200),
-    ][usize::try_from(random.below(5)).expect("below five")];
-    let when = 1 + random.below(most);
+    ][random.below(5)];
+    let when = 1 + random.number_below(most);
     let strace = parts::tool("strace").canonicalize().expect("it is set up");
     let strace = stage.reachable("strace", &strace);
     let inject = format!("inject={calls}:signal=KILL:when={when}");
