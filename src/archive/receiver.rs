@@ -311,10 +311,13 @@ impl Receiver<'_> {
         self.hand_over().await
     }
 
-    /// Commits wait for what came: it is sent on its way at once. One flush at a time, so that those that come meanwhile go together.
+    /// Commits wait for what came, be it for the spool or for the repositories: it is sent on its way at once. One flush at a time, so
+    /// that those that come meanwhile go together.
     async fn cut_for_commits(&mut self) -> Result<(), ArchiveError> {
-        let is_waited_for = self.settings.durable_in_repository && self.board.is_waited_for();
-        if is_waited_for && self.assembler.uncut_bytes() > 0 && self.disk.state.borrow().durable >= self.cut_at {
+        if self.board.is_waited_for()
+            && self.assembler.uncut_bytes() > 0
+            && self.disk.state.borrow().durable >= self.cut_at
+        {
             self.cut_if_caught_up().await?;
         }
         Ok(())

@@ -121,6 +121,22 @@ fn a_commit_returns_when_its_wal_is_in_the_repository() {
     assert!(agent.sigterm(MINUTE).success(), "{}", agent.log_tail());
 }
 
+/// With `durability = "spool"` a commit waits for one local flush, not for the next piece of the tail.
+#[test]
+fn a_commit_that_waits_for_the_spool_waits_for_one_flush() {
+    let stage = Stage::new("syncspool");
+    let postgres = Postgres::builder(17).wal_segsize(1).start(&stage);
+    let walden = Walden::local(&stage, &postgres, "[archive]\ntail_interval = \"20s\"\n[backup]\ninitial = false\n");
+    let mut agent = walden.run_connected();
+    postgres.psql("CREATE TABLE t (n int)");
+    wait_for_walden(&postgres, &mut agent);
+    let sql = postgres.connect().expect("a session");
+    let begun = Instant::now();
+    (0..50).for_each(|n| sql.run(&format!("INSERT INTO t VALUES ({n})")));
+    assert!(begun.elapsed() < Duration::from_secs(10), "50 commits took {:?}", begun.elapsed());
+    assert!(agent.sigterm(MINUTE).success(), "{}", agent.log_tail());
+}
+
 struct Faulty {
     stage: Stage,
     _runtime: tokio::runtime::Runtime,
