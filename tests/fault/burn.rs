@@ -51,12 +51,19 @@ struct Case {
     full_speed: bool,
     moment: Moment,
     s3: bool,
+    /// A second repository is required, a folder: in synchronous mode each of the two has to hold every commit.
+    two: bool,
 }
 
 impl fmt::Display for Case {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let load = if self.full_speed { "full speed" } else { "10 commits/s" };
-        let store = if self.s3 { "S3" } else { "folder" };
+        let store = match (self.s3, self.two) {
+            (false, false) => "folder",
+            (true, false) => "S3",
+            (false, true) => "two folders",
+            (true, true) => "S3 and a folder",
+        };
         write!(f, "PostgreSQL {}, {} MiB, {load}, {:?}, {store}", self.major, self.wal_segsize_mib, self.moment)
     }
 }
@@ -76,9 +83,9 @@ struct Burnt {
 #[test]
 fn a_burnt_host_loses_no_more_than_the_tail_interval() {
     let slice = [
-        (17, 16, true, Moment::Any, false),
-        (17, 16, false, Moment::AfterRestart, false),
-        (17, 16, true, Moment::DuringBackup, true),
+        (17, 16, true, Moment::Any, false, false),
+        (17, 16, false, Moment::AfterRestart, false, false),
+        (17, 16, true, Moment::DuringBackup, true, false),
     ];
     let burnt = burn_all(&slice, false);
     let mut ages: Vec<Duration> = burnt.iter().map(|burnt| burnt.age).collect();
@@ -103,9 +110,9 @@ fn a_burnt_host_loses_no_more_than_the_tail_interval() {
 #[test]
 fn a_burnt_host_loses_no_commit_that_waited_for_the_repository() {
     let slice = [
-        (17, 1, true, Moment::AtBoundary, false),
-        (17, 1, false, Moment::AfterOutage, false),
-        (13, 1, true, Moment::AfterRestart, false),
+        (17, 1, true, Moment::AtBoundary, false, false),
+        (17, 1, false, Moment::AfterOutage, false, true),
+        (13, 1, true, Moment::AfterRestart, false, false),
     ];
     let burnt = burn_all(&slice, true);
     // `burn` itself fails for a commit that is lost.
@@ -113,7 +120,7 @@ fn a_burnt_host_loses_no_commit_that_waited_for_the_repository() {
     eprintln!("{} burns; {commits} acknowledged commits, none lost", burnt.len());
 }
 
-type Row = (u32, u32, bool, Moment, bool);
+type Row = (u32, u32, bool, Moment, bool, bool);
 
 fn burn_all(slice: &[Row], synchronous: bool) -> Vec<Burnt> {
     let number = |name| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
@@ -134,7 +141,7 @@ fn burn_all(slice: &[Row], synchronous: bool) -> Vec<Burnt> {
         // Each burn has a seed of its own, so that it can be repeated alone.
         let own = 2 * burn as u64 + u64::from(synchronous);
         let mut random = Random::new(seed.wrapping_mul(1 << 20).wrapping_add(own));
-        let (major, mib, full_speed, moment, s3) = match count {
+        let (major, mib, full_speed, moment, s3, two) = match count {
             None => slice[burn],
             Some(_) => {
                 let majors = parts::postgres_majors();
@@ -145,10 +152,11 @@ fn burn_all(slice: &[Row], synchronous: bool) -> Vec<Burnt> {
                     burn % 2 == 0,
                     moment,
                     random.below(8) == 0,
+                    synchronous && random.below(4) == 0,
                 )
             }
         };
-        let case = Case { major, wal_segsize_mib: mib, full_speed, moment, s3 };
+        let case = Case { major, wal_segsize_mib: mib, full_speed, moment, s3, two };
         let known = templates.iter().position(|template| (template.0, template.1) == (major, mib));
         let template = known.unwrap_or_else(|| {
             templates.push((major, mib, Template::make(&stage, major, mib)));
@@ -156,8 +164,10 @@ fn burn_all(slice: &[Row], synchronous: bool) -> Vec<Burnt> {
         });
         let name = format!("store{burn}");
         let store = if s3 { Store::s3(&stage, &name, &runtime) } else { Store::local(&stage, &name) };
+        let second = format!("second{burn}");
+        let stores: Vec<Store> = std::iter::once(store).chain(two.then(|| Store::local(&stage, &second))).collect();
         let begun = Instant::now();
-        let burnt = burn_one(&stage, &templates[template].2, &store, burn, case, synchronous, &mut random);
+        let burnt = burn_one(&stage, &templates[template].2, &stores, burn, case, synchronous, &mut random);
         eprintln!(
             "burn {burn}, {case}: {} acknowledged, {} lost, the oldest {:.3} s before; PUT up to {:.3} s; {:.1} s in all",
             burnt.acknowledged,
@@ -168,6 +178,7 @@ fn burn_all(slice: &[Row], synchronous: bool) -> Vec<Burnt> {
         );
         all.push(burnt);
         let _ = std::fs::remove_dir_all(stage.join(&name));
+        let _ = std::fs::remove_dir_all(stage.join(&second));
     }
     all
 }
@@ -175,18 +186,20 @@ fn burn_all(slice: &[Row], synchronous: bool) -> Vec<Burnt> {
 fn burn_one(
     stage: &Stage,
     template: &Template,
-    store: &Store,
+    stores: &[Store],
     number: usize,
     case: Case,
     synchronous: bool,
     random: &mut Random,
 ) -> Burnt {
     let name = format!("burn{number}");
+    let (store, others) = stores.split_first().expect("at least one repository");
     let settings: &[&str] =
         if synchronous { &["synchronous_standby_names=walden", "synchronous_commit=on"] } else { &[] };
     let durability = if synchronous { "repository" } else { "spool" };
+    let others: String = others.iter().map(|other| other.table("second")).collect();
     let more = format!(
-        "[archive]\ndurability = \"{durability}\"\ntail_interval = \"{}ms\"\n[upload]\nretry_delay_max = \"1s\"\n",
+        "[archive]\ndurability = \"{durability}\"\ntail_interval = \"{}ms\"\n[upload]\nretry_delay_max = \"1s\"\n{others}",
         TAIL_INTERVAL.as_millis()
     );
     if case.s3 {
@@ -213,29 +226,46 @@ fn burn_one(
     // A store that is still away comes back some day.
     store.open();
 
+    // What a commit waited for is in each; what it did not wait for is looked for in the first.
+    let lost = stores.iter().map(|store| {
+        let lost = lost_with(stage, template, store, number, &record);
+        if let Some(first) = lost.first().filter(|_| synchronous) {
+            panic!(
+                "burn {number}, {case}: {} of {} acknowledged commits are lost; the first one is row {} of session {}, whose record begins at \
+                 or after {} and which was acknowledged {:?} before the burn; the repository ends at {}",
+                lost.len(),
+                record.len(),
+                first.n,
+                first.session,
+                first.after,
+                moment.saturating_sub(first.time),
+                end_of(&store.stranger(stage).json(&["list"]))
+            );
+        }
+        lost
+    });
+    let lost = lost.collect::<Vec<_>>().swap_remove(0);
+    let age = lost.first().map_or(Duration::ZERO, |row| moment.saturating_sub(row.time));
+    Burnt { number, acknowledged: record.len(), lost: lost.len(), age, put }
+}
+
+/// The acknowledged rows that a restore from `store` alone does not give back, the oldest first.
+fn lost_with<'a>(
+    stage: &Stage,
+    template: &Template,
+    store: &Store,
+    number: usize,
+    record: &'a [Acknowledged],
+) -> Vec<&'a Acknowledged> {
     let mut restored = host::restore(stage, &format!("restored{number}"), template, store);
     let held = highest_numbers(&restored);
     restored.stop_immediate();
     std::fs::remove_dir_all(&restored.data).expect("it was there");
     let is_held =
         |row: &Acknowledged| held.iter().any(|(session, highest)| *session == row.session && row.n <= *highest);
-    let lost: Vec<&Acknowledged> = record.iter().filter(|row| !is_held(row)).collect();
-    let oldest = lost.iter().min_by_key(|row| row.time);
-    if let Some(first) = oldest.filter(|_| synchronous) {
-        panic!(
-            "burn {number}, {case}: {} of {} acknowledged commits are lost; the first one is row {} of session {}, whose record begins at or \
-             after {} and which was acknowledged {:?} before the burn; the repository ends at {}",
-            lost.len(),
-            record.len(),
-            first.n,
-            first.session,
-            first.after,
-            moment.saturating_sub(first.time),
-            end_of(&store.stranger(stage).json(&["list"]))
-        );
-    }
-    let age = oldest.map_or(Duration::ZERO, |row| moment.saturating_sub(row.time));
-    Burnt { number, acknowledged: record.len(), lost: lost.len(), age, put }
+    let mut lost: Vec<&Acknowledged> = record.iter().filter(|row| !is_held(row)).collect();
+    lost.sort_by_key(|row| row.time);
+    lost
 }
 
 /// Brings about what the moment is to be near, and waits for it. The agents that run then are in `agents`, the archiver first.

@@ -68,14 +68,15 @@ impl Store {
         Store::S3(Box::new(server), keys)
     }
 
-    fn table(&self) -> String {
+    /// Its `[[repository]]` in a configuration.
+    pub fn table(&self, name: &str) -> String {
         match self {
             Store::Local(path) => {
-                format!("[[repository]]\nname = \"store\"\ntype = \"local\"\npath = \"{}\"\n", path.display())
+                format!("[[repository]]\nname = \"{name}\"\ntype = \"local\"\npath = \"{}\"\n", path.display())
             }
             // The keys are in files, since a server that is being restored has no environment of ours.
             Store::S3(server, [key, secret]) => format!(
-                "[[repository]]\nname = \"store\"\ntype = \"s3\"\nbucket = \"{}\"\nregion = \"us-east-1\"\nendpoint = \"{}\"\n\
+                "[[repository]]\nname = \"{name}\"\ntype = \"s3\"\nbucket = \"{}\"\nregion = \"us-east-1\"\nendpoint = \"{}\"\n\
                  path_style = true\naccess_key_id_file = \"{}\"\nsecret_access_key_file = \"{}\"\n",
                 server.bucket,
                 server.endpoint,
@@ -86,7 +87,7 @@ impl Store {
     }
 
     fn walden(&self, stage: &Stage, more: &str) -> Walden {
-        Walden::with_config(stage, &format!("{more}{}", self.table()))
+        Walden::with_config(stage, &format!("{more}{}", self.table("store")))
     }
 
     /// Nothing can be read or written, until `open`, which also ends all other faults.
@@ -135,7 +136,7 @@ pub struct Host {
 
 impl Host {
     /// A copy of the template, started. `settings` are for the server (`name=value`), `more` is TOML for the agent: tables that are
-    /// not `[postgres]`, `[spool]`, `[state]`, `[metrics]` or `[[repository]]`.
+    /// not `[postgres]`, `[spool]`, `[state]` or `[metrics]`; more repositories may be among them, last.
     #[track_caller]
     pub fn start(stage: &Stage, name: &str, template: &Template, store: &Store, settings: &[&str], more: &str) -> Host {
         let folder = stage.make_dir(name);
