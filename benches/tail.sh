@@ -4,12 +4,13 @@
 # BENCH_RATE     transactions per second of pgbench's own script, the busy load (500); the quiet one is 100 one-row commits
 # BENCH_SECONDS  of each measurement (10)         BENCH_RUNS  repetitions for CPU and RPO, the median counts (3)
 # BENCH_DIR      where the data lies (/tmp)       WALDEN      a binary built already
+# BENCH_PARTS    which tables (rpo requests commits)
 #
 # RPO is sampled against the repository's own content, see rpo.py. CPU seconds are the agent's own (/proc/PID/stat). Requests are
 # counted from the log of an S3 server (moto) in runs of their own, whose CPU is not measured.
 [ -z "${WALDEN:-}" ] || WALDEN="$(realpath "$WALDEN")"
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
-rate="${BENCH_RATE:-500}" seconds="${BENCH_SECONDS:-10}" runs="${BENCH_RUNS:-3}"
+rate="${BENCH_RATE:-500}" seconds="${BENCH_SECONDS:-10}" runs="${BENCH_RUNS:-3}" parts="${BENCH_PARTS:-rpo requests commits}"
 segment_mib=16
 
 PATH="$("$project/tests/setup/postgres.sh" full | tail -n 1):$PATH"
@@ -21,6 +22,7 @@ if [ -z "${WALDEN:-}" ]; then
 fi
 cp "$WALDEN" "$stage/walden"
 chmod 755 "$stage/walden"
+wanted() { [[ " $parts " = *" $1 "* ]]; }
 row() { local IFS='|'; printf '|%s|\n' "$*" | sed 's/|/ | /g; s/^ //; s/ $//'; }
 middle() { sort -g | sed -n "$((($1 + 1) / 2))p"; }
 calc() { bc <<<"scale=${2:-2}; $1" | sed 's/^\./0./; s/^-\./-0./'; }
@@ -100,8 +102,9 @@ tail_once() { # tail_once LOAD INTERVAL: $cpu of the agent, $p50 $p99 $most of t
   forget
 }
 table=()
-for kind in quiet busy; do
-  for interval in 0 0.2 1 5; do
+measure_rpo() {
+  local kind interval turn cpus p50s p99s mosts off
+  for kind in quiet busy; do for interval in 0 0.2 1 5; do
     cpus='' p50s='' p99s='' mosts=''
     for turn in $(seq "$runs"); do
       tail_once "$kind" "$interval"
@@ -116,12 +119,12 @@ for kind in quiet busy; do
     else
       table+=("$(row "$kind, $wal MiB" "$interval s" "$p50" "$p99" "$most" "$cpu" "$(calc "($cpu - $off) * 100 / $off" 1) %")")
     fi
-  done
-done
+  done; done
+}
+if wanted rpo; then measure_rpo; fi
 
 # ---- the tail: requests ----------------------------------------------------------------------------------------------
 
-s3_server
 requests=()
 # count_requests WHAT INTERVAL SECONDS: a row of the requests in the next seconds, by kind, per second; and what a day of them costs
 # by the list price of S3 standard: 0.005 USD for 1,000 PUT and LIST, 0.0004 for 1,000 GET and HEAD, nothing for DELETE.
@@ -141,8 +144,10 @@ count_requests() {
     "$(calc "86.4 * (($puts + $lists) * 0.005 + $reads * 0.0004) / $window" 3)")")
   say "${requests[-1]}"
 }
-for kind in quiet busy; do
-  for interval in 0 0.2 1 5 30; do
+measure_requests() {
+  local kind interval window
+  s3_server
+  for kind in quiet busy; do for interval in 0 0.2 1 5 30; do
     agent "tail_interval = \"${interval}s\"" S3
     window=$((seconds * 2))
     [ "$interval" != 30 ] || window=$((seconds * 6))
@@ -156,8 +161,9 @@ for kind in quiet busy; do
       count_requests idle 'any' $((seconds * 4))
     fi
     forget
-  done
-done
+  done; done
+}
+if wanted requests; then measure_requests; fi
 
 # ---- synchronous -----------------------------------------------------------------------------------------------------
 
@@ -181,52 +187,58 @@ standby() { # standby NAME: the server waits for it from now on
   fail "$1 is no synchronous standby"
 }
 synchronous=()
-measure() {
+measure() { # measure WHO: rows of commits that wait for it
+  local clients
   for clients in 1 8 32; do
     commits "$clients"
     say "$1, $clients clients: $tps commits/s, p50 $p50 ms, p99 $p99 ms"
     synchronous+=("$(row "$1" "$clients" "$tps" "$p50" "$p99")")
   done
 }
-measure 'no standby is waited for'
-value "SELECT pg_create_physical_replication_slot('receive')" >/dev/null
-as mkdir "$stage/receive"
-${prefix[@]+"${prefix[@]}"} pg_receivewal -d "host=127.0.0.1 port=$port user=postgres application_name=receivewal" -D "$stage/receive" -S receive --synchronous --no-loop >"$stage/receive.log" 2>&1 &
-pid=$!
-background+=("$pid")
-standby receivewal
-measure '`pg_receivewal --synchronous`'
-set_server synchronous_standby_names=
-kill -INT "$pid"
-wait "$pid" 2>/dev/null || true
-agent 'durability = "repository"'
-standby walden
-measure 'walden, `durability = "repository"`'
-set_server synchronous_standby_names=
-forget
-agent 'durability = "spool"'
-standby walden
-measure 'walden, `durability = "spool"`'
-set_server synchronous_standby_names=
-forget
+measure_commits() {
+  measure 'no standby is waited for'
+  value "SELECT pg_create_physical_replication_slot('receive')" >/dev/null
+  as mkdir "$stage/receive"
+  ${prefix[@]+"${prefix[@]}"} pg_receivewal -d "host=127.0.0.1 port=$port user=postgres application_name=receivewal" -D "$stage/receive" -S receive --synchronous --no-loop >"$stage/receive.log" 2>&1 &
+  pid=$!
+  background+=("$pid")
+  standby receivewal
+  measure '`pg_receivewal --synchronous`'
+  set_server synchronous_standby_names=
+  kill -INT "$pid"
+  wait "$pid" 2>/dev/null || true
+  agent 'durability = "repository"'
+  standby walden
+  measure 'walden, `durability = "repository"`'
+  set_server synchronous_standby_names=
+  forget
+  agent 'durability = "spool"'
+  standby walden
+  measure 'walden, `durability = "spool"`'
+  set_server synchronous_standby_names=
+  forget
+}
+if wanted commits; then measure_commits; fi
 
-cat <<TABLE
+heading() { printf '\n%s\n\n' "$*"; }
 
-$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1), $(nproc) cores, $(postgres --version), $("$stage/walden" --version); quiet is 100 one-row commits a second, busy pgbench at $rate transactions a second; $seconds s each, median of $runs (of the largest, the largest)
-
-$(row 'load, WAL' tail_interval 'RPO p50 s' 'RPO p99 s' 'RPO max s' 'agent CPU s' 'against off')
-| --- | ---: | ---: | ---: | ---: | ---: | ---: |
-$(printf '%s\n' "${table[@]}")
-
-Requests a second to S3, and what a day of them costs:
-
-$(row load tail_interval 'PUT piece' 'PUT coverage' 'PUT lease' 'PUT other' LIST 'GET, HEAD' DELETE all 'USD a day')
-| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
-$(printf '%s\n' "${requests[@]}")
-
-One-row transactions, fsync on, everything on one file system:
-
-$(row 'who is waited for' clients 'commits/s' 'p50 ms' 'p99 ms')
-| --- | ---: | ---: | ---: | ---: |
-$(printf '%s\n' "${synchronous[@]}")
-TABLE
+printf '\n%s, %s cores, %s, %s; quiet is 100 one-row commits a second, busy pgbench at %s transactions a second; %s s each, median of %s (of the largest, the largest)\n' \
+  "$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1)" "$(nproc)" "$(postgres --version)" "$("$stage/walden" --version)" "$rate" "$seconds" "$runs"
+if wanted rpo; then
+  heading "What would be lost:"
+  row 'load, WAL' tail_interval 'RPO p50 s' 'RPO p99 s' 'RPO max s' 'agent CPU s' 'against off'
+  echo '| --- | ---: | ---: | ---: | ---: | ---: | ---: |'
+  printf '%s\n' "${table[@]}"
+fi
+if wanted requests; then
+  heading "Requests a second to S3, and what a day of them costs:"
+  row load tail_interval 'PUT piece' 'PUT coverage' 'PUT lease' 'PUT other' LIST 'GET, HEAD' DELETE all 'USD a day'
+  echo '| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |'
+  printf '%s\n' "${requests[@]}"
+fi
+if wanted commits; then
+  heading "One-row transactions, fsync on, everything on one file system:"
+  row 'who is waited for' clients 'commits/s' 'p50 ms' 'p99 ms'
+  echo '| --- | ---: | ---: | ---: | ---: |'
+  printf '%s\n' "${synchronous[@]}"
+fi
