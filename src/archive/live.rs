@@ -54,8 +54,6 @@ pub struct LiveSettings {
     /// What becomes of commits that wait for them too long.
     pub on_delay: OnDelay,
     pub max_delay: Duration,
-    /// The agent's name in `synchronous_standby_names`.
-    pub application_name: String,
     /// How long a stopping agent may still ship.
     pub stop_timeout: Duration,
     /// How often the open segment's new bytes are made durable once the agent has caught up.
@@ -236,7 +234,7 @@ impl Live {
         };
         let names = connection.show("synchronous_standby_names").await?;
         // Until SQL tells the standby's state: a commit may wait already.
-        self.board.set_waited_for(names_standby(&names, &self.settings.application_name));
+        self.board.set_waited_for(names_standby(&names, self.settings.connect.application_name()));
         let slot = self.ensure_slot(&mut connection).await?;
         self.slot_at = slot.unwrap_or(Lsn::ZERO);
         self.wal.send_replace(Some(assembler_settings.clone()));

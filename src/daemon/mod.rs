@@ -100,7 +100,6 @@ pub fn archiver_settings(settings: &Settings, connect: ConnectSettings) -> Archi
                 config::OnDelay::Degrade => OnDelay::Degrade,
             },
             max_delay: settings.sync.max_delay,
-            application_name: settings.postgres.application_name.clone(),
             stop_timeout: settings.archive.stop_timeout,
             cut_interval: settings.archive.tail_interval.unwrap_or(CUT_INTERVAL),
             cut_bytes: settings.archive.tail_interval.map(|_| settings.archive.tail_bytes),

@@ -84,7 +84,7 @@ impl Observer {
             }
         }
         let looked = match &self.sql {
-            Some(sql) => ask_sql(sql, &self.board, &self.settings).await,
+            Some(sql) => ask_sql(sql, &self.board, &self.settings, connect.application_name()).await,
             None => self.ask_replication(&connect).await,
         };
         if let Err(error) = looked {
@@ -119,14 +119,15 @@ impl Observer {
         };
         let info = connection.identify_system().await?;
         let names = connection.show("synchronous_standby_names").await?;
-        self.board.set_waited_for(names_standby(&names, &self.settings.postgres.application_name));
+        self.board.set_waited_for(names_standby(&names, connect.application_name()));
         self.board.note_flush_sample(now, info.flush_lsn);
         self.replication = Some(connection);
         Ok(())
     }
 }
 
-async fn ask_sql(sql: &Sql, board: &Board, settings: &Settings) -> Result<(), PostgresError> {
+/// `name`: what the stream logs in as, which the server compares with `synchronous_standby_names`.
+async fn ask_sql(sql: &Sql, board: &Board, settings: &Settings, name: &str) -> Result<(), PostgresError> {
     let (time, flush) = sql.flush_position().await?;
     if !flush.is_zero() {
         board.note_flush_sample(time, flush);
@@ -138,7 +139,6 @@ async fn ask_sql(sql: &Sql, board: &Board, settings: &Settings) -> Result<(), Po
         wal_status: slot.wal_status,
         retained_bytes: slot.retained_bytes,
     }));
-    let name = &settings.postgres.application_name;
     let state = sql.sync_state(name).await?;
     let names = sql.setting("synchronous_standby_names").await?.unwrap_or_default();
     let is_waited_for = is_waited_for(state.as_deref(), &names, name);

@@ -10,7 +10,8 @@ use crate::cli::output::size as size_text;
 use crate::config::Settings;
 use crate::daemon;
 use crate::postgres::{
-    ConnectSettings, PostgresError, ReplicationConnection, ReplicationPlaces, RoleInfo, Sql, shown_duration,
+    ConnectSettings, PostgresError, ReplicationConnection, ReplicationPlaces, RoleInfo, Sql, names_explicitly,
+    names_standby, shown_duration,
 };
 use crate::telemetry::{Clock, SystemClock};
 use crate::wal::SystemIdentifier;
@@ -141,7 +142,7 @@ async fn ask(
     report.add(slot::judge(settings, &slot::Seen { state, info: told.slot, places: told.places, agent, system }));
     report.checks.extend(super::hosts::examine(settings, connect, connection.host_index(), &info).await);
     report.add(sender_timeout(&connection.show("wal_sender_timeout").await?, settings.postgres.status_interval));
-    report.checks.extend(synchronous(settings, &connection.show("synchronous_standby_names").await?));
+    report.checks.extend(synchronous(connect, &connection.show("synchronous_standby_names").await?));
     Ok(())
 }
 
@@ -236,9 +237,9 @@ fn sender_timeout(shown: &str, status_interval: Duration) -> Check {
 }
 
 /// `*` makes every receiver a synchronous standby, so that commits wait for this one's disk.
-fn synchronous(settings: &Settings, names: &str) -> Option<Check> {
-    let name = &settings.postgres.application_name;
-    (names.contains('*') && !names.contains(name.as_str())).then(|| {
+fn synchronous(connect: &ConnectSettings, names: &str) -> Option<Check> {
+    let name = connect.application_name();
+    (names_standby(names, name) && !names_explicitly(names, name)).then(|| {
         let message = format!("synchronous_standby_names is '{names}', so commits would wait for Walden as well");
         Check::remark("synchronous_standby_names", message, "name your standbys there instead of *")
     })
