@@ -144,17 +144,25 @@ async fn ask_sql(sql: &Sql, board: &Board, settings: &Settings, name: &str) -> R
     let is_waited_for = is_waited_for(state.as_deref(), &names, name);
     board.set_waited_for(is_waited_for);
     watch_remote_apply(sql, board, is_waited_for, flush).await?;
-    let asked = names_explicitly(&names, name);
-    match state.as_deref() {
-        Some(state @ ("sync" | "quorum")) if !asked && settings.archive.durability == Durability::Spool => {
+    match state.as_deref().filter(|state| is_unasked(state, &names, name)) {
+        Some(state) => {
+            let what = match settings.archive.durability {
+                Durability::Spool => "this host's disk",
+                Durability::Repository => "an upload to every required repository",
+            };
             let message = format!(
-                "the server waits for Walden at every commit (sync_state {state}) because synchronous_standby_names is '{names}'; name your standbys there"
+                "the server waits for Walden at every commit (sync_state {state}), that is for {what}, because synchronous_standby_names is '{names}'; name your standbys there, and Walden too if that is wanted"
             );
             board.raise(CauseCode::UnexpectedSync, message);
         }
-        _ => board.clear(CauseCode::UnexpectedSync),
+        None => board.clear(CauseCode::UnexpectedSync),
     }
     Ok(())
+}
+
+/// Commits wait for this agent though the list does not name it: `*` stands there.
+fn is_unasked(sync_state: &str, names: &str, name: &str) -> bool {
+    matches!(sync_state, "sync" | "quorum") && !names_explicitly(names, name)
 }
 
 /// Whether commits wait for this agent. `pg_stat_replication` shows a standby that has not told a position yet as `async`, and nothing
@@ -204,5 +212,11 @@ mod tests {
         assert!(is_waited_for(Some("sync"), "walden", "walden") && is_waited_for(Some("quorum"), "*", "walden"));
         assert!(is_waited_for(Some("async"), "ANY 1 (a, walden)", "walden") && is_waited_for(None, "walden", "walden"));
         assert!(!is_waited_for(Some("potential"), "a, walden", "walden") && !is_waited_for(None, "a", "walden"));
+    }
+
+    #[test]
+    fn a_role_that_nobody_asked_for_is_one_by_a_star() {
+        assert!(is_unasked("sync", "*", "walden") && is_unasked("quorum", "ANY 1 (*)", "walden"));
+        assert!(!is_unasked("quorum", "ANY 1 (replica, walden)", "walden") && !is_unasked("async", "*", "walden"));
     }
 }
