@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 use crate::archive::Streaming;
 use crate::config::{Durability, Settings};
 use crate::failure::NextStep;
-use crate::postgres::{ConnectSettings, PostgresError, ReplicationConnection, Sql, names_explicitly, names_standby};
+use crate::postgres::{ConnectSettings, PostgresError, ReplicationConnection, Sql, names_explicitly, names_standby, quorum};
 use crate::telemetry::{Board, CauseCode, SlotFacts};
 use crate::wal::Lsn;
 
@@ -143,7 +143,12 @@ async fn ask_sql(sql: &Sql, board: &Board, settings: &Settings, name: &str) -> R
     let names = sql.setting("synchronous_standby_names").await?.unwrap_or_default();
     let is_waited_for = is_waited_for(state.as_deref(), &names, name);
     board.set_waited_for(is_waited_for);
-    watch_remote_apply(sql, board, is_waited_for, flush).await?;
+    // A quorum that is full without this agent needs no apply of its own.
+    let is_needed = match quorum(&names) {
+        Some(needed) if is_waited_for => u64::try_from(sql.applying_quorum(name).await?).unwrap_or(0) < needed,
+        _ => is_waited_for,
+    };
+    watch_remote_apply(sql, board, is_waited_for, is_needed, flush).await?;
     match state.as_deref().filter(|state| is_unasked(state, &names, name)) {
         Some(state) => {
             let what = match settings.archive.durability {
@@ -175,13 +180,20 @@ fn is_waited_for(sync_state: Option<&str>, names: &str, name: &str) -> bool {
     }
 }
 
-/// An archiver applies nothing, so commits that ask for it would wait for ever.
-async fn watch_remote_apply(sql: &Sql, board: &Board, is_waited_for: bool, flush: Lsn) -> Result<(), PostgresError> {
+/// An archiver applies nothing, so commits that ask for it would wait for ever, unless others can answer for it.
+async fn watch_remote_apply(
+    sql: &Sql,
+    board: &Board,
+    is_waited_for: bool,
+    is_needed: bool,
+    flush: Lsn,
+) -> Result<(), PostgresError> {
     if !is_waited_for {
         board.clear(CauseCode::RemoteApply);
         return Ok(());
     }
-    if let Some(place) = sql.remote_apply().await? {
+    let place = if is_needed { sql.remote_apply().await? } else { None };
+    if let Some(place) = place {
         let message = format!(
             "synchronous_commit = remote_apply ({place}) waits for a standby to apply the WAL, which an archiver never does: commits hang; set it to on, or name a replica beside Walden: ANY 1 (replica, walden)"
         );

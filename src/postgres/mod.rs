@@ -38,6 +38,6 @@ pub use settings::ConnectSettings;
 pub use shown::shown_duration;
 pub use socket::Transport;
 pub use sql::{ReplicationPlaces, RoleInfo, SlotInfo, Sql};
-pub use standby_names::{names_explicitly, names_standby};
+pub use standby_names::{names_explicitly, names_standby, quorum};
 pub use tls::{SslMode, TlsError};
 pub use wal_stream::{EndOfStream, WalMessage, WalStream};

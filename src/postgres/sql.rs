@@ -316,6 +316,14 @@ impl Sql {
         }
     }
 
+    /// Standbys of a quorum, other than the named one, that tell what they have applied.
+    pub async fn applying_quorum(&self, besides: &str) -> Result<i64, PostgresError> {
+        let query = "SELECT count(*) FROM pg_catalog.pg_stat_replication WHERE sync_state = 'quorum' \
+                     AND application_name <> $1 AND replay_lsn IS NOT NULL";
+        let row = self.row(query, &[&besides]).await?.ok_or_else(|| PostgresError::protocol("a query gave no row"))?;
+        get(&row, 0)
+    }
+
     /// Where `synchronous_commit = remote_apply` is set: for the server, or for databases and roles. Sessions that set it themselves
     /// are not seen. `None`: nowhere.
     pub async fn remote_apply(&self) -> Result<Option<String>, PostgresError> {

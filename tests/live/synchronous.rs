@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use walden::wal::{Lsn, SegmentSize};
 
+use super::hosts::{archiving, pair};
 use super::restore::restore;
 use super::stores::{runtime, s3_table};
 use super::streaming::archive_all;
@@ -271,6 +272,30 @@ fn remote_apply_is_told() {
     });
     told(&mut agent, false);
     assert!(agent.sigterm(MINUTE).success(), "{}", agent.log_tail());
+}
+
+/// Beside a replica in a quorum nothing hangs, and nothing is told: the replica applies. While it is away the alarm is right.
+#[test]
+fn remote_apply_is_fine_beside_a_replica_that_applies() {
+    let stage = Stage::new("quorum");
+    let (primary, mut replica) = pair(&stage, 17);
+    let walden = archiving(&stage, &[&primary], "primary");
+    let mut agent = walden.run_connected();
+    primary.psql("CREATE TABLE t (n int)");
+    primary.psql("ALTER SYSTEM SET synchronous_commit = remote_apply");
+    primary.psql("ALTER SYSTEM SET synchronous_standby_names = 'ANY 1 (walreceiver, walden)'");
+    primary.psql("SELECT pg_reload_conf()");
+    wait_until(MINUTE, "the quorum", || {
+        primary.value("SELECT count(*) FROM pg_stat_replication WHERE sync_state = 'quorum'") == "2"
+    });
+    assert!(commit_aside(&primary).recv_timeout(MINUTE).is_ok(), "it returns");
+    let seen = Instant::now();
+    agent.wait_status(MINUTE, "several looks at the server, and no alarm", |status| {
+        assert!(!has_cause(status, "remote_apply"), "{status}");
+        seen.elapsed() > Duration::from_secs(5) && status["healthy"] == true
+    });
+    replica.stop_fast();
+    agent.wait_status(MINUTE, "the alarm", |status| has_cause(status, "remote_apply"));
 }
 
 /// Whole segments cannot be stored for a while, pieces can: commits go on over segment ends, and a host that is lost then loses none
