@@ -37,9 +37,13 @@ impl Live {
     ) -> Result<Start, ArchiveError> {
         if let Some(segment) = self.missing.first(start.timeline).filter(|segment| segment.start() == start.position) {
             self.missing.remove(segment);
-            if !self.is_archived(segment).await {
-                let reason = "it was lost from the spool and from the server";
-                self.record_gap(start.timeline, segment.start(), segment.end(), reason, Vec::new())?;
+            let held_in = self.archived_in(segment).await;
+            if held_in.len() < self.archives.len() {
+                let reason = match held_in.is_empty() {
+                    true => "it was lost from the spool and from the server",
+                    false => "only some repositories hold it: it was lost from the spool and from the server",
+                };
+                self.record_gap(start.timeline, segment.start(), segment.end(), reason, held_in)?;
             }
             self.way = Way::Overlapping;
             return Err(ArchiveError::FetchAgain);
@@ -195,14 +199,15 @@ impl Live {
         Ok(true)
     }
 
-    /// Whether some repository is seen to hold the segment after all.
-    async fn is_archived(&self, segment: SegmentName) -> bool {
+    /// The repositories that are seen to hold the segment after all.
+    async fn archived_in(&self, segment: SegmentName) -> Vec<String> {
+        let mut names = Vec::new();
         for (archive, _) in &self.archives {
             if self.is_archived_in(archive, segment).await {
-                return true;
+                names.push(archive.repository().name().to_owned());
             }
         }
-        false
+        names
     }
 
     async fn is_archived_in(&self, archive: &Archive, segment: SegmentName) -> bool {
