@@ -116,7 +116,20 @@ pub enum Way {
 
 impl Live {
     /// Runs until the shutdown or until archiving is stopped. Owns its thread: `runtime` is a current-thread one.
-    pub async fn run(mut self) {
+    pub async fn run(self) {
+        let (board, halt) = (self.board.clone(), self.halt.clone());
+        self.stream_on().await;
+        // Whoever found the reason, nothing streams any more; what it was is told under its own cause.
+        if let Some(reason) = halt.reason()
+            && !board.is_raised(CauseCode::NotConnected)
+        {
+            let is_told = matches!(*reason, ArchiveError::Refused { .. });
+            let why = if is_told { reason.describe() } else { format!("archiving is stopped: {}", reason.describe()) };
+            board.set_disconnected(format!("{why}; {}", reason.hint()));
+        }
+    }
+
+    async fn stream_on(mut self) {
         let mut backoff = Backoff::new(self.settings.retry_delay_max);
         loop {
             if self.shutdown.is_cancelled() || self.halt.reason().is_some() {

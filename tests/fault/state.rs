@@ -105,6 +105,9 @@ fn other_bytes_under_a_name_are_never_overwritten() {
     postgres.switch_wal();
     let status = agent.wait_status(MINUTE, "the cause conflict", |status| has_cause(status, "conflict"));
     assert_eq!(status["healthy"], false);
+    // It said that it streamed, and went on to take backups whose WAL could not come.
+    agent.wait_status(MINUTE, "that nothing streams any more", |status| has_cause(status, "not_connected"));
+    assert_eq!(agent.metric("walden_connected"), Some(0.0));
     assert_eq!(fs::read(&planted).expect("it is there"), before, "the stored object was changed");
     let kept = files_below(&walden.spool()).into_iter().any(|path| path.to_string_lossy().contains(&next));
     assert!(kept, "the spool let go of {next}");
