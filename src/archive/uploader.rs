@@ -132,9 +132,13 @@ struct Stand {
     joining: bool,
     /// It cannot be looked at yet.
     join_waits: bool,
-    /// The timeline whose pieces were listed.
-    listed: Option<TimelineId>,
+    /// The segment from which on the pieces of its timeline were listed.
+    listed: Option<SegmentName>,
     listing: bool,
+    /// The timeline in which it was looked for pieces that a crash left.
+    tidied: Option<TimelineId>,
+    /// Pieces stay: this agent may not delete.
+    pieces_stay: bool,
     /// The last look failed, or came too early.
     ask_not_before: Option<Instant>,
     /// Segments of which pieces were found then.
@@ -154,6 +158,13 @@ struct Stand {
     silent: bool,
 }
 
+impl Stand {
+    /// Whether it is known which pieces are there of a segment.
+    fn is_listed(&self, segment: SegmentName) -> bool {
+        self.listed.is_some_and(|from| from.timeline() == segment.timeline() && from <= segment)
+    }
+}
+
 /// What `coverage.json` was told last.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Covered {
@@ -167,10 +178,14 @@ pub(super) struct Covered {
 /// What is done beside the uploads, so that none of it holds them up.
 enum Chore {
     Joined(Result<bool, RepositoryError>),
-    Listed { timeline: TimelineId, found: Result<Vec<(SegmentName, Vec<StoredPiece>)>, RepositoryError> },
+    Listed {
+        from: SegmentName,
+        found: Result<Vec<(SegmentName, Vec<StoredPiece>)>, RepositoryError>,
+    },
     Renewed(Result<(), RepositoryError>),
     Covered(Option<(PgTime, Lsn)>),
-    Tidied,
+    /// Whether it may delete.
+    Tidied(bool),
 }
 
 impl Uploader {
@@ -233,10 +248,10 @@ impl Uploader {
                         in_flight.retain(|name| *name != entry.relative);
                         if entry.relative.starts_with("wal/") && let Some(segment) = segment_of(&entry, self.segment_size) {
                             let (uploader, writer) = (self.clone(), writer.clone());
-                            if stand.in_pieces.remove(&segment) || self.tail_on || self.durable_in_repository {
+                            let had_pieces = stand.in_pieces.remove(&segment) || self.tail_on || self.durable_in_repository;
+                            if had_pieces && !stand.pieces_stay {
                                 chores.spawn(async move {
-                                    uploader.drop_pieces(&writer, segment).await;
-                                    Chore::Tidied
+                                    Chore::Tidied(uploader.drop_pieces(&writer, segment).await)
                                 });
                             }
                         }
@@ -282,12 +297,18 @@ impl Uploader {
             let (uploader, writer) = (self.clone(), writer.clone());
             chores.spawn(async move { Chore::Joined(uploader.join_on(&writer).await) });
         }
-        let timeline = self.tail.segment().map(SegmentName::timeline);
-        if let Some(timeline) = timeline.filter(|timeline| stand.listed != Some(*timeline) && !stand.listing) {
+        if !stand.listing
+            && self.first_tailed().is_some_and(|segment| !stand.is_listed(segment))
+            && let Some(from) = self.pieces_needed()
+        {
             stand.listing = true;
             let (uploader, writer) = (self.clone(), writer.clone());
-            chores
-                .spawn(async move { Chore::Listed { timeline, found: uploader.list_pieces(&writer, timeline).await } });
+            chores.spawn(async move { Chore::Listed { from, found: uploader.list_pieces(&writer, from).await } });
+        }
+        if let Some(listed) = stand.listed.filter(|from| stand.tidied != Some(from.timeline())) {
+            stand.tidied = Some(listed.timeline());
+            let (uploader, writer) = (self.clone(), writer.clone());
+            chores.spawn(async move { Chore::Tidied(uploader.tidy_pieces(&writer, listed).await) });
         }
     }
 
@@ -318,10 +339,10 @@ impl Uploader {
                     self.tell_store(Work::Requests, None);
                 }
             }
-            Chore::Listed { timeline, found: Ok(found) } => {
+            Chore::Listed { from, found: Ok(found) } => {
                 found.iter().for_each(|(segment, pieces)| stand.courses.listed(*segment, pieces));
                 stand.in_pieces.extend(found.iter().map(|(segment, _)| *segment));
-                (stand.listed, stand.listing) = (Some(timeline), false);
+                (stand.listed, stand.listing) = (Some(from), false);
                 if !stand.silent {
                     self.tell_store(Work::Requests, None);
                 }
@@ -354,7 +375,7 @@ impl Uploader {
                     stand.covered = Covered { until: Some(until), archived: Some(archived), moved, written: now };
                 }
             }
-            Chore::Tidied => {}
+            Chore::Tidied(may_delete) => stand.pieces_stay |= !may_delete,
         }
         None
     }
@@ -414,9 +435,7 @@ impl Uploader {
         let settings = self.wal.borrow().clone()?;
         for at in self.segments_to_tail(stand, is_urgent) {
             // A timeline's history comes first (I10), and so does the list of what is there.
-            if stand.listed != Some(at.segment.timeline())
-                || self.backlog.lacks_history(self.shown.name(), at.segment.timeline())
-            {
+            if !stand.is_listed(at.segment) || self.backlog.lacks_history(self.shown.name(), at.segment.timeline()) {
                 return None;
             }
             let (from, until) = stand.courses.next(at.segment);
