@@ -117,6 +117,8 @@ pub struct Uploader {
 
 pub(super) enum Ended {
     Shutdown,
+    /// Another agent has a repository in front of this one.
+    NotOurTurn,
     /// Taken by another agent, or `None`: not renewed in time, because the store did not answer.
     LeaseLost {
         by: Option<String>,
@@ -221,6 +223,7 @@ impl Uploader {
             tokio::select! {
                 () = self.shutdown.cancelled() => return Ended::Shutdown,
                 () = self.halt.halted() => return Ended::Halted,
+                () = self.turn.leaves(self.shown.name()) => return Ended::NotOurTurn,
                 _ = backlog_changed.changed() => stand.join_waits = false,
                 _ = tail_changed.changed() => {}
                 _ = tick.tick() => self.tell_silence(&mut stand),
@@ -383,13 +386,10 @@ impl Uploader {
     /// A conflict, or damage that cannot be cured here: archiving stops, what is spooled stays.
     fn stop_for(&self, error: &ArchiveError, what: &str) {
         self.shown.upload_failed();
+        let is_conflict = matches!(error, ArchiveError::Repository(error) if error.is_conflict());
+        let cause = if is_conflict { CauseCode::Conflict } else { CauseCode::SpoolFailing };
         let message = format!("repository {}: {what}: {}; {}", self.shown.name(), error.describe(), error.hint());
-        if matches!(error, ArchiveError::Repository(error) if error.is_conflict()) {
-            self.board.raise(CauseCode::Conflict, message.clone());
-        } else {
-            self.board.raise(CauseCode::SpoolFailing, message.clone());
-        }
-        self.halt.stop(ArchiveError::Refused { why: message });
+        self.refuse(cause, message.clone(), ArchiveError::Refused { why: message });
     }
 
     /// Where the first segment starts that this repository lacks, and its timeline: everything before is there or told as a gap.

@@ -16,7 +16,7 @@ mod shipping;
 mod slot;
 pub mod streaming;
 mod usage;
-mod stores;
+pub mod stores;
 mod standby;
 mod synchronous;
 mod tail_cost;

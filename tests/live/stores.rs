@@ -27,7 +27,7 @@ pub fn s3_table(name: &str, server: &S3Server) -> String {
     )
 }
 
-fn local_table(name: &str, path: &Path) -> String {
+pub fn local_table(name: &str, path: &Path) -> String {
     format!("[[repository]]\nname = \"{name}\"\ntype = \"local\"\npath = \"{}\"\n", path.display())
 }
 
