@@ -31,6 +31,7 @@ pub const PAGES_HINT: &str = "keep the older backups; `SELECT pg_filenode_relati
 
 /// Waits for WAL by what the repositories themselves show, whoever brings it there.
 pub struct StoredWal {
+    /// The required ones.
     pub archives: Vec<Archive>,
     pub segment_size: SegmentSize,
     /// Where this process archives it.
@@ -61,12 +62,12 @@ impl WalWaiter for StoredWal {
     }
 }
 
-/// What a backup is told by the configuration.
+/// What a backup is told by the configuration. The archives: those that it must be in, and others.
 pub fn request(
     settings: &Settings,
     backup: &BackupSettings,
     connect: ConnectSettings,
-    archives: Vec<Archive>,
+    (archives, optional): (Vec<Archive>, Vec<Archive>),
     label: Option<String>,
     board: &Board,
 ) -> BackupRequest {
@@ -74,6 +75,7 @@ pub fn request(
     BackupRequest {
         settings: connect,
         archives,
+        optional,
         label,
         fast_checkpoint: backup.checkpoint == Checkpoint::Fast,
         max_rate: backup.max_rate,
@@ -104,7 +106,9 @@ pub struct Backups {
     pub connect: ConnectSettings,
     /// The host that WAL comes from: a backup is taken from the same.
     pub streaming: watch::Receiver<Option<Streaming>>,
+    /// The required ones. What is shown of backups is what the first of them holds.
     pub archives: Vec<Archive>,
+    pub optional: Vec<Archive>,
     pub segment_size: SegmentSize,
     pub board: Board,
     pub shutdown: CancellationToken,
@@ -167,7 +171,8 @@ impl Backups {
         let wal = StoredWal { archives: self.archives.clone(), segment_size: self.segment_size, demand };
         let streamed = *self.streaming.borrow();
         let connect = streamed.map_or(self.connect.clone(), |streaming| self.connect.this_host(streaming.host));
-        let request = request(&self.settings, backup, connect, self.archives.clone(), None, &self.board);
+        let archives = (self.archives.clone(), self.optional.clone());
+        let request = request(&self.settings, backup, connect, archives, None, &self.board);
         let gap_before = self.board.is_raised(CauseCode::Gap);
         let unproven_before = self.board.is_raised(CauseCode::ContinuityUnproven);
         tracing::info!(event = "backup_begun", "base backup begins");

@@ -183,6 +183,10 @@ async fn archive(
         }
     };
     board.clear(CauseCode::SpoolFailing);
+    let of_kind = |required: bool| -> Vec<_> {
+        let archives = targets.iter().zip(&archiver.archives).filter(|(target, _)| target.required == required);
+        archives.map(|(_, archive)| archive.clone()).collect()
+    };
     tasks.spawn(
         backups::Backups {
             demand: archiver.tail_demand(),
@@ -190,7 +194,8 @@ async fn archive(
             backup,
             connect: connect.clone(),
             streaming: archiver.streaming.clone(),
-            archives: archiver.archives.clone(),
+            archives: of_kind(true),
+            optional: of_kind(false),
             segment_size: archiver.segment_size,
             board: board.clone(),
             shutdown: shutdown.clone(),

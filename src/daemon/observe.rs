@@ -8,7 +8,9 @@ use tokio_util::sync::CancellationToken;
 use crate::archive::Streaming;
 use crate::config::{Durability, Settings};
 use crate::failure::NextStep;
-use crate::postgres::{ConnectSettings, PostgresError, ReplicationConnection, Sql, names_explicitly, names_standby, quorum};
+use crate::postgres::{
+    ConnectSettings, PostgresError, ReplicationConnection, Sql, names_explicitly, names_standby, quorum,
+};
 use crate::telemetry::{Board, CauseCode, SlotFacts};
 use crate::wal::Lsn;
 
