@@ -74,6 +74,7 @@ pub struct Archiver {
     tail: Arc<Tail>,
     board: Board,
     live: JoinHandle<()>,
+    failing: Arc<Failing>,
     stop_timeout: Duration,
     _lock: SpoolLock,
 }
@@ -117,11 +118,11 @@ impl Archiver {
         }
 
         let archives: Vec<Archive> = targets.iter().map(|target| target.repository.bind(system)).collect();
-        let names: Vec<String> = targets.iter().map(|target| target.repository.name().to_owned()).collect();
         let missing = Missing::default();
         let backlog = {
             let (disk, state, spool, missing) = (disk, settings.state_path.clone(), spool.clone(), missing.clone());
-            blocking(move || open_backlog(&disk, &state, &spool, system, segment_size, names, &missing)).await?
+            let named = targets.iter().map(|target| (target.repository.name().to_owned(), target.required)).collect();
+            blocking(move || open_backlog(&disk, &state, &spool, system, segment_size, named, &missing)).await?
         };
         // Again, since what was damaged was set aside.
         if let Ok(Some(held)) = held() {
@@ -150,6 +151,7 @@ impl Archiver {
                     store: target.store.clone(),
                     probe_prefix: format!("{}/walden-check/", settings.cluster),
                     single_writer: target.single_writer,
+                    required: target.required,
                     holder: LeaseHolder { agent: agent.clone(), host: host.clone() },
                     spool: spool.clone(),
                     backlog: backlog.clone(),
@@ -239,6 +241,7 @@ impl Archiver {
             tail,
             board,
             live,
+            failing,
             stop_timeout,
             _lock: lock,
         })
@@ -259,7 +262,8 @@ impl Archiver {
         let deadline = tokio::time::Instant::now() + self.stop_timeout;
         let mut changed = self.backlog.subscribe();
         loop {
-            let (segments, _) = self.backlog.depth();
+            // One that is not required holds the end up only while it takes what it gets.
+            let segments = self.backlog.waiting(&self.failing.names());
             let shipped = self
                 .board
                 .durable()
@@ -304,13 +308,14 @@ async fn blocking<T: Send + 'static>(
 }
 
 /// Opens the queue and makes it agree with the spool's names and sizes. Contents are read only of files that it does not know.
+/// `repositories`: each with whether it is required.
 fn open_backlog(
     disk: &Disk,
     state: &std::path::Path,
     spool: &Spool,
     system: SystemIdentifier,
     size: SegmentSize,
-    repositories: Vec<String>,
+    repositories: Vec<(String, bool)>,
     missing: &Missing,
 ) -> Result<Arc<Backlog>, ArchiveError> {
     let contents = spool.contents(size)?;
@@ -365,7 +370,9 @@ fn open_backlog(
         entries.extend(found);
     }
     let index = Index { disk: disk.clone(), folder: state.into(), queue, retry_at: None };
-    Ok(Arc::new(Backlog::new(index, repositories, entries)))
+    let required = repositories.iter().filter(|(_, required)| *required).map(|(name, _)| name.clone()).collect();
+    let names = repositories.into_iter().map(|(name, _)| name).collect();
+    Ok(Arc::new(Backlog::new(index, names, required, entries)))
 }
 
 fn segment_in(name: &SpooledName, size: SegmentSize) -> Option<SegmentName> {

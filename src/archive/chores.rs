@@ -17,7 +17,7 @@ const TIDIED_EMPTY: usize = 4;
 impl Uploader {
     /// Whether there is something new to tell. A quiet server's moments are told less often: each is a request.
     pub(super) fn is_coverage_due(&self, covered: &Covered) -> bool {
-        let (Some(until), Some(archived)) = (self.board.complete_until(), self.board.archived()) else { return false };
+        let Some((until, archived)) = self.coverage() else { return false };
         if covered.until.is_some_and(|written| written >= until) {
             return false;
         }
@@ -26,9 +26,16 @@ impl Uploader {
         covered.written.is_none_or(|at: Instant| at.elapsed() >= spacing)
     }
 
+    /// Until when everything is held here, and up to where: never more than the required repositories hold, nor than this one, which
+    /// may lag behind them if it is not required.
+    fn coverage(&self) -> Option<(PgTime, Lsn)> {
+        let archived = self.board.archived()?.min(self.shown.archived()?);
+        Some((self.board.complete_until_at(archived)?, archived))
+    }
+
     /// Tells the repository until when everything is held. A hint for readers, so a failure is only noted.
     pub(super) async fn put_coverage(&self, writer: &RepositoryWriter, covered: Covered) -> Option<(PgTime, Lsn)> {
-        let (complete_until, archived_lsn) = (self.board.complete_until()?, self.board.archived()?);
+        let (complete_until, archived_lsn) = self.coverage()?;
         let timeline = TimelineId::new(self.backlog.sealed_end()?.0).ok()?;
         if covered.until.is_some_and(|written| written >= complete_until) {
             return None;

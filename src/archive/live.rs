@@ -449,6 +449,7 @@ impl Live {
             self.missing.clone(),
             self.board.clone(),
             self.settings.bounds.clone(),
+            (self.system, self.segment_size),
             start.held_end,
             sealed_until,
             old_open,

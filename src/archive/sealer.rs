@@ -15,6 +15,7 @@ use tokio::sync::{mpsc, watch};
 use super::Missing;
 use super::assembler::Command;
 use super::backlog::Backlog;
+use super::room::make_room;
 use super::tail::Tail;
 use crate::disk::is_full;
 use crate::failure::NextStep;
@@ -22,7 +23,7 @@ use crate::queue::QueueEntry;
 use crate::seal::SealedFrames;
 use crate::spool::{OpenSegment, Spool, SpoolError, SpooledName};
 use crate::telemetry::{Board, CauseCode};
-use crate::wal::{Lsn, SegmentName};
+use crate::wal::{Lsn, SegmentName, SegmentSize, SystemIdentifier};
 
 /// Commands that may wait for the disk; with buffers of about 256 KiB this bounds memory.
 pub const COMMANDS_MAX: usize = 8;
@@ -78,6 +79,8 @@ struct Shared {
     missing: Missing,
     board: Board,
     bounds: SpoolBounds,
+    /// Whose WAL it is.
+    of: (SystemIdentifier, SegmentSize),
     positions: Mutex<Positions>,
     state: watch::Sender<DiskState>,
     /// The open file of the session before and how far it reaches: removed once as much is durable again.
@@ -113,6 +116,7 @@ impl DiskSide {
         missing: Missing,
         board: Board,
         bounds: SpoolBounds,
+        of: (SystemIdentifier, SegmentSize),
         durable: Lsn,
         sealed_until: Lsn,
         old_open: Option<(PathBuf, Lsn)>,
@@ -130,6 +134,7 @@ impl DiskSide {
             missing,
             board,
             bounds,
+            of,
             positions,
             state,
             old_open,
@@ -240,15 +245,26 @@ impl Shared {
         loop {
             let used = self.backlog.depth().1 + self.sealing_bytes.load(Ordering::Relaxed);
             let free = self.spool.disk().free_bytes(self.spool.folder());
-            let why = match free {
-                _ if used >= self.bounds.bytes_max => {
-                    format!("the spool holds {used} bytes, its bound (spool.bytes_max)")
-                }
-                Ok(free) if free < self.bounds.free_bytes_min => {
-                    format!("{free} bytes are free on the spool's disk, fewer than spool.free_bytes_min")
-                }
+            let (why, wanted) = match free {
+                // A quarter at once, so that a gap elsewhere is one and not one for each segment.
+                _ if used >= self.bounds.bytes_max => (
+                    format!("the spool holds {used} bytes, its bound (spool.bytes_max)"),
+                    used - self.bounds.bytes_max + self.bounds.bytes_max / 4,
+                ),
+                Ok(free) if free < self.bounds.free_bytes_min => (
+                    format!("{free} bytes are free on the spool's disk, fewer than spool.free_bytes_min"),
+                    self.bounds.free_bytes_min - free,
+                ),
                 Ok(_) | Err(_) => break,
             };
+            match make_room(&self.spool, &self.backlog, self.of.0, self.of.1, wanted.max(1)) {
+                Ok(true) => continue,
+                Ok(false) => {}
+                Err(error) if !told => {
+                    tracing::warn!(error = error.describe(), "the spool is full, and nothing in it could be removed");
+                }
+                Err(_) => {}
+            }
             told = true;
             self.board.raise(CauseCode::SpoolFull, format!("{why}; PostgreSQL keeps the WAL until there is room"));
             if self.ending.load(Ordering::Relaxed) {

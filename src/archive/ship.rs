@@ -39,6 +39,10 @@ pub(super) enum Shipped {
         error: ArchiveError,
         what: String,
     },
+    /// It needs not be there any more: the spool had to make room, or it is fetched again.
+    Released {
+        entry: QueueEntry,
+    },
     Cancelled,
 }
 
@@ -107,6 +111,9 @@ impl Uploader {
     ) -> Shipped {
         let mut backoff = Backoff::new(self.retry_delay_max);
         loop {
+            if !self.backlog.contains(&entry) {
+                return Shipped::Released { entry };
+            }
             let began = Instant::now();
             let result = tokio::select! {
                 result = self.put(&writer, &entry) => result,
@@ -251,7 +258,7 @@ async fn pause(backoff: &mut Backoff, throttled: bool, cancel: &CancellationToke
     }
 }
 
-fn piece_end(relative: &str) -> Option<u32> {
+pub(super) fn piece_end(relative: &str) -> Option<u32> {
     let range = relative.rsplit_once('/')?.1.split('.').next()?;
     u32::from_str_radix(range.strip_prefix("00000000-")?, 16).ok()
 }

@@ -165,9 +165,17 @@ impl Uploader {
             .map(|expected| (CauseCode::OtherCluster, ArchiveError::OtherCluster { found: self.system, expected })))
     }
 
-    /// Going on here would be wrong until an operator acts.
+    /// Going on here would be wrong until an operator acts. A required repository stops archiving; another one only its own uploads.
     pub(super) fn refuse(&self, cause: CauseCode, message: String, error: ArchiveError) {
+        if self.required {
+            self.board.raise(cause, message);
+            return self.halt.stop(error);
+        }
+        let message = format!(
+            "{message}; archiving goes on without repository {}, which is not required: nothing is sent there until Walden is started again",
+            self.shown.name()
+        );
+        self.tell_store(Work::Requests, Some(message.clone()));
         self.board.raise(cause, message);
-        self.halt.stop(error);
     }
 }

@@ -63,6 +63,12 @@ pub(super) enum Work {
 pub struct Failing(Mutex<BTreeMap<(String, Work), String>>);
 
 impl Failing {
+    /// The names of those that fail now.
+    pub(super) fn names(&self) -> BTreeSet<String> {
+        let failing = self.0.lock().expect("no one panics while holding it");
+        failing.keys().map(|(name, _)| name.clone()).collect()
+    }
+
     pub(super) fn set(&self, board: &Board, shown: &RepositoryBoard, work: Work, error: Option<String>) {
         let mut failing = self.0.lock().expect("no one panics while holding it");
         let key = (shown.name().to_owned(), work);
@@ -89,6 +95,8 @@ pub struct Uploader {
     /// Where the store's abilities are tried out.
     pub probe_prefix: String,
     pub single_writer: bool,
+    /// WAL must be in it to be archived. One that is not holds nothing up: not the others, not base backups, not the end.
+    pub required: bool,
     pub holder: LeaseHolder,
     pub spool: Spool,
     pub backlog: Arc<Backlog>,
@@ -258,7 +266,12 @@ impl Uploader {
                                 });
                             }
                         }
+                        if entry.relative.starts_with("gaps/") && !self.required {
+                            // It may be a gap of this repository alone, which was not told before it is known here.
+                            stand.joined = false;
+                        }
                     }
+                    Ok(Shipped::Released { entry }) => in_flight.retain(|name| *name != entry.relative),
                     Ok(Shipped::Piece { segment, start, end }) => {
                         self.tell_store(Work::Pieces, None);
                         self.pace.went_well();

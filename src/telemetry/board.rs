@@ -285,8 +285,12 @@ impl Board {
 
     /// Every commit that the server acknowledged before this time is in every required repository.
     pub fn complete_until(&self) -> Option<PgTime> {
-        let archived = self.archived()?;
-        self.facts().samples.complete_until(archived)
+        self.complete_until_at(self.archived()?)
+    }
+
+    /// The same for whoever holds everything before `position`.
+    pub fn complete_until_at(&self, position: Lsn) -> Option<PgTime> {
+        self.facts().samples.complete_until(position)
     }
 
     // facts

@@ -46,6 +46,7 @@ pub struct Snapshot {
 pub struct RepositorySnapshot {
     pub name: String,
     pub url: String,
+    pub required: bool,
     pub archived: Option<Lsn>,
     /// What the repository tells its readers; `complete_until` is never shown beyond it.
     pub covered: Option<PgTime>,

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::store::{open, shut};
+use crate::live::stores::local_table;
 use crate::live::streaming::{archive_all, pieces_of_open_segment};
 use crate::support::oracle::{cluster_folder, compare_stored, files_below, stored_segments};
 use crate::support::{Ledger, Postgres, Stage, Walden, has_cause, parts, wait_until};
@@ -140,6 +141,58 @@ fn damaged_spooled_segments_are_fetched_again_or_told_as_a_gap() {
             files_below(&walden.spool()).into_iter().filter(|path| path.to_string_lossy().contains("quarantine"));
         assert_eq!(quarantined.count(), 2);
     }
+}
+
+/// A segment is lost from the spool and from the server while one repository was shut; the other one has it. It was taken for archived
+/// everywhere: the one that lacks it told no gap, and its position passed over the hole (I3).
+#[test]
+fn a_segment_that_one_repository_has_is_a_gap_in_the_other() {
+    let stage = Stage::new("half");
+    let postgres = Postgres::builder(17)
+        .wal_segsize(1)
+        .setting("wal_keep_size", "0")
+        .setting("min_wal_size", "2MB")
+        .setting("max_wal_size", "4MB")
+        .start(&stage);
+    let second = stage.join("second");
+    let more = format!("[upload]\nretry_delay_max = \"1s\"\n{}", local_table("second", &second));
+    let walden = Walden::local(&stage, &postgres, &more);
+    let mut agent = walden.run_connected();
+    archive_all(&postgres, &mut agent);
+    shut(&walden);
+    postgres.psql("CREATE TABLE bulk AS SELECT n, md5(n::text) FROM generate_series(1, 60000) n");
+    let end = archive_here(&postgres);
+    agent.wait_status(MINUTE, "the second repository to have it all", |status| {
+        let position = status["repositories"][1]["archived_lsn"].as_str().and_then(|lsn| lsn.parse().ok());
+        position.is_some_and(|position: walden::wal::Lsn| position >= end)
+    });
+    agent.kill9();
+    let wal = cluster_folder(&walden.spool(), "main", &postgres).join("wal/00000001");
+    let mut spooled = files_below(&wal);
+    spooled.sort();
+    let lost = spooled[2].file_name().expect("a name").to_string_lossy()[..24].to_owned();
+    // A local repository shares the file with the spool: this one is to be the spool's alone.
+    let alone = fs::read(&spooled[2]).expect("its content");
+    fs::remove_file(&spooled[2]).expect("removed");
+    fs::write(&spooled[2], alone).expect("written anew");
+    stage.give(&spooled[2]);
+    flip(&spooled[2]);
+    wait_until(MINUTE, "the server to recycle it", || {
+        archive_here(&postgres);
+        postgres.psql("CHECKPOINT");
+        !postgres.data.join("pg_wal").join(&lost).exists()
+    });
+
+    let mut agent = walden.run_connected();
+    open(&walden);
+    let status = agent.wait_status(MINUTE, "the gap", |status| status["gaps"].as_array().is_some_and(|g| g.len() == 1));
+    assert!(status["gaps"][0]["reason"].as_str().is_some_and(|why| why.contains("only some repositories")), "{status}");
+    archive_all(&postgres, &mut agent);
+    let (here, there) =
+        (cluster_folder(&walden.repository(), "main", &postgres), cluster_folder(&second, "main", &postgres));
+    assert_eq!(compare_stored(&here, &postgres.oracle).missing, [lost]);
+    compare_stored(&there, &postgres.oracle).assert_whole(4);
+    assert_eq!((files_below(&here.join("gaps")).len(), files_below(&there.join("gaps")).len()), (1, 0));
 }
 
 /// The newest segment stays in the spool, for the comparison at the next connection. If it is damaged meanwhile, that is no other
