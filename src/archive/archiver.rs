@@ -186,10 +186,14 @@ impl Archiver {
             shutdown: shutdown.clone(),
         };
         uploaders.spawn(hosts.run());
+        // One that is not required and away keeps nothing from the others.
+        let (mut first, others): (Vec<Target>, Vec<Target>) =
+            targets.iter().cloned().partition(|target| target.required);
+        first.extend(others);
         let predecessors = Predecessors {
             settings: settings.clone(),
             system,
-            targets: targets.clone(),
+            targets: first,
             holder: LeaseHolder { agent, host },
             board: board.clone(),
             shutdown: shutdown.clone(),
