@@ -193,3 +193,32 @@ fn of_two_agents_with_one_lease_each_one_gets_both() {
 fn causes_say(status: &serde_json::Value, text: &str) -> bool {
     status["causes"].to_string().contains(text)
 }
+
+/// A cloned machine has a copy of the spool, and so the same agent id. The two took the lease from each other every few seconds. The one
+/// that begins later has it, as after a restart, and the other one stands by.
+#[test]
+fn a_copied_spool_is_another_agent() {
+    let stage = Stage::new("twins");
+    let postgres = Postgres::builder(17).wal_segsize(1).start(&stage);
+    let first = Walden::local(&stage, &postgres, "");
+    let mut agent = first.run_connected();
+    archive_all(&postgres, &mut agent);
+    assert!(agent.sigterm(MINUTE).success(), "{}", agent.log_tail());
+    let copied = stage.command("cp").arg("-a").arg(first.spool()).arg(stage.join("spool-twin")).status();
+    assert!(copied.expect("cp runs").success());
+    let mut agent = first.run_connected();
+    let mut twin = second(&first, "twin").run_connected();
+    assert_eq!(agent_id(&first, "spool"), agent_id(&first, "spool-twin"));
+    agent.wait_status(MINUTE, "the first one to stand by", |status| {
+        has_cause(status, "lease_held") && has_cause(status, "not_connected")
+    });
+    let begun = Instant::now();
+    twin.wait_status(MINUTE, "twelve seconds in peace", |status| {
+        assert!(!has_cause(status, "lease_lost") && !has_cause(status, "lease_held"), "{status}");
+        begun.elapsed() > Duration::from_secs(12)
+    });
+    archive_all(&postgres, &mut twin);
+    assert_eq!(agent.log().matches("this agent holds the lease").count(), 1, "{}", agent.log());
+    let folder = cluster_folder(&first.repository(), "main", &postgres);
+    compare_stored(&folder, &postgres.oracle).assert_whole(2);
+}
