@@ -197,13 +197,7 @@ impl Lease {
         if let Some(by) = self.state().lost.clone() {
             return Err(RepositoryError::LeaseLost { url: self.inner.archive.url(), by: Some(by) });
         }
-        let first = self.write(self.inner.ttl, self.inner.clock.now()).await;
-        let written = match first {
-            // Our own earlier write was found, whose answer had been lost: its version is known now.
-            Err(RepositoryError::Contended { .. }) => self.write(self.inner.ttl, self.inner.clock.now()).await?,
-            other => other?,
-        };
-        match written {
+        match self.write_on(self.inner.ttl).await? {
             None => Ok(()),
             Some(other) => Err(RepositoryError::LeaseLost {
                 url: self.inner.archive.url(),
@@ -217,9 +211,17 @@ impl Lease {
         let held = self.is_held();
         self.state().held_until = None;
         if held {
-            self.write(Duration::ZERO, self.inner.clock.now()).await?;
+            self.write_on(Duration::ZERO).await?;
         }
         Ok(())
+    }
+
+    /// Also behind an earlier write of our own whose answer was lost, or not waited for: its version is known then.
+    async fn write_on(&self, ttl: Duration) -> Result<Option<LeaseJson>, RepositoryError> {
+        match self.write(ttl, self.inner.clock.now()).await {
+            Err(RepositoryError::Contended { .. }) => self.write(ttl, self.inner.clock.now()).await,
+            other => other,
+        }
     }
 
     fn state(&self) -> std::sync::MutexGuard<'_, State> {

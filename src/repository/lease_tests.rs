@@ -102,6 +102,22 @@ async fn a_released_lease_is_free_at_once() {
     assert!(taken(&mut clock.seeker(&archive, "b")).await.is_some());
 }
 
+/// A renewal was on its way when the agent stopped, and its answer was not waited for: the lease was not given back then, and the next
+/// agent waited until it ran out.
+#[tokio::test]
+async fn a_lease_is_released_behind_a_renewal_that_nobody_waited_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let archive = archive(folder.path()).await;
+    let clock = HandClock::new();
+    let lease = taken(&mut clock.seeker(&archive, "a")).await.expect("free");
+    let before = lease.state().version.clone();
+    clock.pass(LEASE_RENEW);
+    lease.renew().await.unwrap();
+    lease.state().version = before;
+    lease.release().await.unwrap();
+    assert!(taken(&mut clock.seeker(&archive, "b")).await.is_some());
+}
+
 /// Two agents with a copied spool have one id. Each took the lease back at once, for ever.
 #[tokio::test]
 async fn one_that_lost_its_lease_to_its_twin_waits_like_any_other() {
