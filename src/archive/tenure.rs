@@ -4,7 +4,9 @@ use std::time::Duration;
 
 use super::ArchiveError;
 use super::uploader::{Covered, Ended, SILENT_AFTER, Uploader, Work, describe};
-use crate::repository::{LEASE_POLL, LEASE_TTL, Lease, LeaseAttempt, LeaseSeeker, RepositoryError, RepositoryWriter};
+use crate::repository::{
+    LEASE_POLL, LEASE_TTL, LEASE_UNREADABLE, Lease, LeaseAttempt, LeaseSeeker, RepositoryError, RepositoryWriter,
+};
 use crate::storage::Backoff;
 use crate::telemetry::CauseCode;
 
@@ -131,11 +133,17 @@ impl Uploader {
                 Ok(Some(LeaseAttempt::HeldByOther { agent, host, renewed })) => {
                     let name = self.shown.name();
                     self.turn.is_anothers(name);
-                    let why = format!(
+                    let unreadable = format!(
+                        "repository {name}: lease.json cannot be read, so it may be another agent's, and this one stands by; \
+                         nothing: unless somebody renews it, this one takes it over after {} s",
+                        LEASE_TTL.as_secs()
+                    );
+                    let held = format!(
                         "repository {name}: agent {agent} on {host} holds the lease (renewed {renewed}), and this one stands by; \
                          nothing, if that is the agent that should archive; else stop it, and this one takes over {} s later",
                         LEASE_TTL.as_secs()
                     );
+                    let why = if agent == LEASE_UNREADABLE { unreadable } else { held };
                     self.board.raise(CauseCode::LeaseHeld, why);
                     LEASE_POLL
                 }

@@ -17,6 +17,9 @@ pub const LEASE_POLL: Duration = Duration::from_secs(5);
 /// The holder stops this long before others may take over, so that a write that has begun can end.
 pub const LEASE_MARGIN: Duration = Duration::from_secs(5);
 
+/// Stands for the agent where the lease cannot be read.
+pub const LEASE_UNREADABLE: &str = "unknown (lease.json cannot be read)";
+
 /// Who asks for a lease.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LeaseHolder {
@@ -279,7 +282,7 @@ impl Lease {
 fn parse(archive: &Archive, bytes: &[u8]) -> Result<LeaseJson, RepositoryError> {
     match LeaseJson::parse(bytes) {
         Err(ObjectProblem::Unreadable(_)) => {
-            let (agent, host) = ("unknown (lease.json cannot be read)".into(), "an unknown host".into());
+            let (agent, host) = (LEASE_UNREADABLE.into(), "an unknown host".into());
             let ttl_seconds = u32::try_from(LEASE_TTL.as_secs()).unwrap_or(u32::MAX);
             Ok(LeaseJson { format: FORMAT, agent, host, taken: now(), renewed: now(), ttl_seconds })
         }
