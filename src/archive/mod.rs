@@ -28,6 +28,7 @@ mod live;
 mod pace;
 mod predecessors;
 mod receiver;
+mod records;
 mod sealer;
 mod ship;
 mod start;

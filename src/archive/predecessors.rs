@@ -7,11 +7,11 @@ use std::time::Instant;
 
 use tokio_util::sync::CancellationToken;
 
-use super::archiver::examine;
 use super::assembler::AssemblerSettings;
 use super::closing::HeldWal;
 use super::divergence::stored_parts;
 use super::held::{HeldBytes, HeldPart, find_in_spool_on, name_finished};
+use super::records::examine;
 use super::ship::put_spooled;
 use super::{ArchiveError, ArchiverSettings, Target};
 use crate::disk::Disk;
