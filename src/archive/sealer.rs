@@ -286,8 +286,9 @@ impl Shared {
     }
 
     /// After a failed flush the kernel may drop the dirty pages and report success next time: what such a file claims beyond its last
-    /// durable mark proves nothing, also not to a later start. What the mark proves is written into another file; the rest is taken
-    /// again from the server, which keeps the whole segment in which the confirmed position lies (I1, I9).
+    /// durable mark proves nothing, also not to a later start. What the mark proves is written into another file, or stays where it is
+    /// with that mark only; the rest is taken again from the server, which keeps the whole segment in which the confirmed position
+    /// lies (I1, I9).
     fn void<'a>(&self, error: &SpoolError, files: impl IntoIterator<Item = (&'a OpenSegment, SegmentName)>) {
         if !matches!(error, SpoolError::Sync { .. }) {
             return;
