@@ -251,12 +251,13 @@ impl Archiver {
 
     /// Waits for the live path to end after the token was cancelled, ships what is durable within the bound, then ends the uploads.
     pub async fn stopped(mut self) {
+        // The live path waits no longer than that either.
+        let deadline = tokio::time::Instant::now() + self.stop_timeout;
         let live = self.live;
         if tokio::task::spawn_blocking(move || live.join()).await.is_err() {
             tracing::error!("the live path's thread could not be joined");
         }
         self.tail.send_the_rest();
-        let deadline = tokio::time::Instant::now() + self.stop_timeout;
         let mut changed = self.backlog.subscribe();
         loop {
             let (segments, _) = self.backlog.depth();

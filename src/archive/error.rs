@@ -43,6 +43,8 @@ pub enum ArchiveError {
     NotOurTurn,
     #[error("the server ended the stream")]
     StreamEnded,
+    #[error("the server shuts down and waits for WAL to be confirmed that cannot be confirmed now")]
+    ServerStops,
     #[error("the server sent WAL from {found} where {expected} follows")]
     Jump { expected: Lsn, found: Lsn },
     #[error("the server's WAL differs from what is held, first at {at}: it has another history")]
@@ -103,6 +105,7 @@ impl ArchiveError {
             Self::Assemble(_)
             | Self::Silent { .. }
             | Self::StreamEnded
+            | Self::ServerStops
             | Self::FetchAgain
             | Self::CutAgain
             | Self::NotOurTurn
@@ -142,6 +145,9 @@ impl ArchiveError {
             }
             Self::Silent { .. } | Self::StreamEnded => {
                 "check the network between here and the server; the connection is made again"
+            }
+            Self::ServerStops => {
+                "nothing: it is let go, and its slot keeps the WAL; the connection is made again once the server is up"
             }
             Self::Diverged { .. } | Self::OtherHistory { .. } | Self::OtherBranch { .. } => {
                 "nothing of it is archived: connect to the right server, or archive this one under another archive.cluster"

@@ -209,11 +209,18 @@ impl Live {
 
     async fn session(&mut self) -> Result<SessionEnd, ArchiveError> {
         let shutdown = self.shutdown.clone();
-        let mut connection = tokio::select! {
-            connection = self.connect() => connection?,
+        // A server that hangs must not hold up the end.
+        let (connection, start, settings, status_interval) = tokio::select! {
+            prepared = self.prepare() => prepared?,
             () = shutdown.cancelled() => return Err(ArchiveError::Stopping),
         };
         let info = connection.identify_system().await?;
+        self.stream(connection, start, settings, status_interval).await
+    }
+
+    /// Everything that comes before the stream.
+    async fn prepare(&mut self) -> Result<(ReplicationConnection, Start, AssemblerSettings, Duration), ArchiveError> {
+        let mut connection = self.connect().await?;
         if info.system_identifier != self.system {
             return Err(ArchiveError::OtherCluster { found: info.system_identifier, expected: self.system });
         }
@@ -247,7 +254,7 @@ impl Live {
         };
         let start = self.by_way(&mut connection, start, &assembler_settings).await?;
         self.store_histories(&mut connection, start.timeline, info.timeline).await?;
-        self.stream(connection, start, assembler_settings, status_interval).await
+        Ok((connection, start, assembler_settings, status_interval))
     }
 
     /// The contiguous WAL that is held. A spool that is empty (a new host) or older than the repositories (another agent archived
@@ -368,7 +375,10 @@ impl Live {
         let direct = start.position == start.without_overlap;
         // Before the stream begins: from then on the server wants answers, and a store may take its time (I11).
         let assembler = self.assembler(&start, settings).await?;
-        let started = connection.start_replication(Some(&slot), start.position, start.timeline).await;
+        let started = tokio::select! {
+            started = connection.start_replication(Some(&slot), start.position, start.timeline) => started,
+            () = self.shutdown.cancelled() => return Err(ArchiveError::Stopping),
+        };
         let result = match started {
             Ok(StartOutcome::Streaming(stream)) => self.receive(stream, start, assembler, status_interval).await,
             // Nothing more on this timeline: the next connection asks for the one that follows.
@@ -477,7 +487,9 @@ impl Live {
     /// Where the repositories' pieces of the segment to build end: there a stretch must end as well, so that they can be continued.
     async fn wanted_cuts(&self, segment: SegmentName) -> BTreeSet<u64> {
         // Where pieces may end that are on their way just now: at any cut of the session before.
+            asks: None,
         let mut cuts = self.tail.cuts(segment);
+            stop_by: None,
         for (archive, _) in &self.archives {
             let (archive, stores) = (archive.clone(), &self.stores);
             let asked = stores

@@ -33,6 +33,7 @@ mod sealer;
 mod ship;
 mod start;
 mod tail;
+mod stopping;
 mod tenure;
 mod turn;
 mod uploader;

@@ -205,6 +205,16 @@ async fn archive(
     archiver.stopped().await;
     let shown = |position: Option<Lsn>| position.map_or("unknown".into(), |position| position.to_string());
     let (durable, archived) = (board.durable(), board.archived());
+    if let (Some(held), Some(end)) =
+        (durable.map(|durable| archived.map_or(durable, |archived| archived.max(durable))), board.server_end())
+        && held < end
+    {
+        // It is safe for as long as the server is: whoever gives that up as well must hear of it.
+        tracing::warn!(
+            event = "left_on_server",
+            "stopped before all WAL was fetched: {held} to {end} lies on the server only, whose slot keeps it; start walden again to archive it"
+        );
+    }
     tracing::info!(event = "stopped", durable = shown(durable), archived = shown(archived), "stopped");
     if let Some(durable) = durable.filter(|durable| archived.is_none_or(|archived| archived < *durable)) {
         // Whoever gives the host up now must hear of it.

@@ -254,6 +254,12 @@ impl Board {
         self.facts().samples.note(server_time, flush, monotonic);
     }
 
+    /// As far as the server is known to have flushed; what was received was flushed before.
+    pub fn server_end(&self) -> Option<Lsn> {
+        let received = self.received();
+        self.facts().samples.flush().max(received)
+    }
+
     /// Another server is asked from now on: what the one before said of its position and its clock says nothing about this one.
     pub fn forget_server(&self) {
         let mut facts = self.facts();

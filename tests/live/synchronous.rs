@@ -136,7 +136,7 @@ fn on_faulty_store(name: &str, sync: &str) -> Faulty {
     let postgres = Postgres::builder(17).wal_segsize(1).start(&stage);
     let more = format!(
         "[backup]\ninitial = false\n[upload]\nretry_delay_max = \"1s\"\nrequest_timeout = \"2s\"\n\
-         [archive]\ndurability = \"repository\"\n[sync]\n{sync}\n{}",
+         [archive]\ndurability = \"repository\"\nstop_timeout = \"4s\"\n[sync]\n{sync}\n{}",
         s3_table("there", &server)
     );
     let mut walden = Walden::with_repository(&stage, &postgres, &more);
@@ -176,6 +176,17 @@ fn with_wait_commits_wait_on_for_a_store_that_fails() {
         agent.wait_status(MINUTE, "healthy", |status| status["healthy"] == true);
     }
     assert_eq!(agent.metric("walden_sync_degraded_seconds_total"), Some(0.0));
+    // A stop waits for them once, and for no longer than it may.
+    faulty.server.faults().always("", "", HttpFault::Hang);
+    let returned = commit_aside(&faulty.postgres);
+    agent.wait_status(MINUTE, "the alarm", |status| has_cause(status, "sync_delayed"));
+    let asked = Instant::now();
+    assert!(agent.sigterm(MINUTE).success(), "{}", agent.log_tail());
+    let took = asked.elapsed();
+    assert!(took > Duration::from_secs(3) && took < Duration::from_secs(10), "{took:?}: {}", agent.log_tail());
+    faulty.server.faults().clear();
+    let _agent = faulty.walden.run_connected();
+    returned.recv_timeout(MINUTE).expect("it returns");
     faulty.postgres.stop_fast();
     drop(faulty.stage);
 }
