@@ -214,6 +214,18 @@ impl Backlog {
         self.tell();
     }
 
+    /// Forgets an entry whose spool file was lost. Its record stays, so that a start before the bytes have come again knows of it.
+    pub fn lose(&self, entry: &QueueEntry) {
+        self.with(|state| state.entries.remove(&key(entry)));
+        self.tell();
+    }
+
+    /// Whether a spool file has its entry.
+    pub fn knows(&self, name: &SpooledName) -> bool {
+        let key = (name.timeline.get(), name.order, name.relative.clone());
+        self.with(|state| state.entries.contains_key(&key))
+    }
+
     /// Objects and bytes that some repository lacks.
     pub fn depth(&self) -> (u64, u64) {
         self.with(|state| {

@@ -1,6 +1,6 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use tokio::sync::watch;
 
@@ -236,21 +236,35 @@ impl Halt {
     }
 }
 
-/// Segments that were held and are not any more: the live path asks the server for them again.
+/// What was held and is not any more: the live path asks the server for it again.
 #[derive(Clone, Debug)]
-pub struct Missing(Arc<watch::Sender<BTreeSet<SegmentName>>>);
+pub struct Missing {
+    segments: Arc<watch::Sender<BTreeSet<SegmentName>>>,
+    histories: Arc<Mutex<BTreeSet<TimelineId>>>,
+}
 
 impl Default for Missing {
     fn default() -> Self {
-        Self(Arc::new(watch::Sender::new(BTreeSet::new())))
+        Self { segments: Arc::new(watch::Sender::new(BTreeSet::new())), histories: Arc::default() }
     }
 }
 
 impl Missing {
     pub fn add(&self, segment: SegmentName) {
-        self.0.send_modify(|missing| {
+        self.segments.send_modify(|missing| {
             missing.insert(segment);
         });
+    }
+
+    /// A history file was lost: the stream begins again, and with it the look at the server's chain.
+    pub fn add_history(&self, timeline: TimelineId) {
+        self.histories.lock().expect("no one panics while holding it").insert(timeline);
+        self.segments.send_modify(|_| {});
+    }
+
+    /// Those that were lost since the last call.
+    pub fn take_histories(&self) -> BTreeSet<TimelineId> {
+        std::mem::take(&mut *self.histories.lock().expect("no one panics while holding it"))
     }
 
     pub fn extend(&self, segments: impl IntoIterator<Item = SegmentName>) {
@@ -258,8 +272,16 @@ impl Missing {
     }
 
     pub fn remove(&self, segment: SegmentName) {
-        self.0.send_if_modified(|missing| {
+        self.segments.send_if_modified(|missing| {
             missing.remove(&segment);
+            false
+        });
+    }
+
+    /// `[from, to)` of a timeline is told as a gap, and what comes before `from` is held: nothing in it is waited for any more.
+    pub fn is_told(&self, timeline: TimelineId, from: Lsn, to: Lsn) {
+        self.segments.send_if_modified(|missing| {
+            missing.retain(|segment| segment.timeline() != timeline || segment.end() <= from || segment.end() > to);
             false
         });
     }
@@ -270,10 +292,15 @@ impl Missing {
     }
 
     pub fn first(&self, timeline: TimelineId) -> Option<SegmentName> {
-        self.0.borrow().iter().find(|segment| segment.timeline() == timeline).copied()
+        self.segments.borrow().iter().find(|segment| segment.timeline() == timeline).copied()
+    }
+
+    /// Those of timelines before this one.
+    pub fn before(&self, timeline: TimelineId) -> Vec<SegmentName> {
+        self.segments.borrow().iter().filter(|segment| segment.timeline() < timeline).copied().collect()
     }
 
     pub fn subscribe(&self) -> watch::Receiver<BTreeSet<SegmentName>> {
-        self.0.subscribe()
+        self.segments.subscribe()
     }
 }

@@ -258,6 +258,7 @@ impl Live {
             let name = self.spool.write_small(name, &content)?;
             self.backlog.insert(&[QueueEntry { stored_in: held_in, ..small_entry(&name, &content) }]);
         }
+        self.missing.is_told(timeline, from, to);
         tell_gap(&self.board, &gap);
         Ok(())
     }

@@ -100,6 +100,9 @@ impl Live {
     ) -> Result<(), ArchiveError> {
         let Some(chain) = self.history(connection, last).await? else { return Ok(()) };
         let mut answering: Vec<Archive> = self.archives.iter().map(|(archive, _)| archive.clone()).collect();
+        for lost in self.missing.take_histories() {
+            self.histories_spooled.remove(&lost);
+        }
         for timeline in timelines_of(&chain) {
             if self.histories_spooled.contains(&timeline) {
                 continue;

@@ -16,6 +16,7 @@ use super::held::{
 };
 use super::hosts::Streaming;
 use super::receiver::{Receiver, SessionEnd};
+use super::records::unrecorded;
 use super::sealer::{DiskSide, SpoolBounds};
 use super::start::Start;
 use super::tail::Tail;
@@ -281,6 +282,10 @@ impl Live {
         let InSpool { held, useless } = find_in_spool(&self.spool, self.system, self.segment_size)?;
         useless.iter().try_for_each(|path| self.spool.remove_open(path))?;
         Ok(held)
+        let unrecorded = unrecorded(&self.spool, &self.backlog, self.system, self.segment_size)?;
+        if !unrecorded.is_empty() {
+            self.backlog.insert(&unrecorded);
+        }
     }
 
     /// What the spool holds, without a change to it.

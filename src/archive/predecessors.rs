@@ -220,7 +220,7 @@ async fn is_held(
 fn entries(spool: &Spool, system: SystemIdentifier, size: SegmentSize) -> Result<Vec<QueueEntry>, ArchiveError> {
     let sealed = spool.contents(size)?.sealed;
     let mut entries: Vec<QueueEntry> =
-        sealed.iter().map(|(name, length)| examine(spool, name, *length, system)).collect::<Result<_, _>>()?;
+        sealed.iter().map(|(name, _)| examine(spool, name, system)).collect::<Result<_, _>>()?;
     entries.sort_by(|a, b| (a.timeline, a.order, &a.relative).cmp(&(b.timeline, b.order, &b.relative)));
     Ok(entries)
 }

@@ -236,7 +236,6 @@ impl Shared {
 
     /// Waits while the spool is at its bound; PostgreSQL keeps the WAL. False if the session is over.
     fn wait_for_room(&self) -> bool {
-        let mut told = false;
         loop {
             let used = self.backlog.depth().1 + self.sealing_bytes.load(Ordering::Relaxed);
             let free = self.spool.disk().free_bytes(self.spool.folder());
@@ -249,16 +248,14 @@ impl Shared {
                 }
                 Ok(_) | Err(_) => break,
             };
-            told = true;
             self.board.raise(CauseCode::SpoolFull, format!("{why}; PostgreSQL keeps the WAL until there is room"));
             if self.ending.load(Ordering::Relaxed) {
                 return false;
             }
             std::thread::sleep(ROOM_POLL);
         }
-        if told {
-            self.board.clear(CauseCode::SpoolFull);
-        }
+        // Also what a session told that ended while it waited.
+        self.board.clear(CauseCode::SpoolFull);
         true
     }
 
@@ -329,37 +326,14 @@ impl Shared {
             return Err(error.into());
         }
         let mut named: Vec<&Sealing> = Vec::new();
-        let mut entries: Vec<QueueEntry> = Vec::new();
-        for sealing in &group {
-            let is_new = self.spool.name_sealed(sealing.file.path(), &sealing.name)?;
-            if is_new {
-                self.tail.renamed(sealing.segment, self.spool.path_of(&sealing.name));
-                named.push(sealing);
-                entries.push(entry_of(sealing));
+        if let Err(error) = self.name_all(&group, &mut named) {
+            // The contents are durable, the names are not: they go back to where the next session finds them.
+            for sealing in named {
+                self.spool.take_back(&sealing.name, sealing.file.path());
             }
-            // Else an older file of the same WAL stays, and so does its record: it may be compressed otherwise.
-            if !is_new {
-                self.tail.end(sealing.segment);
-            }
+            return Err(error.into());
         }
-        let mut last: Option<&SpooledName> = None;
-        for sealing in &group {
-            if last.is_none_or(|last| parent(last) != parent(&sealing.name))
-                && let Err(error) = self.spool.sync_names(&sealing.name)
-            {
-                // The content is durable, the name is not: it goes back to where the next session finds it.
-                for sealing in named {
-                    if let Err(error) = self.spool.unname(&sealing.name, sealing.file.path()) {
-                        tracing::error!(
-                            name = sealing.name.relative,
-                            "a name that could not be flushed stays: {error}"
-                        );
-                    }
-                }
-                return Err(error.into());
-            }
-            last = Some(&sealing.name);
-        }
+        let entries: Vec<QueueEntry> = named.into_iter().map(entry_of).collect();
         self.backlog.insert(&entries);
         let sealed_bytes = group.iter().map(|sealing| sealing.frames.stored_size).sum();
         self.sealing_bytes.fetch_sub(sealed_bytes, Ordering::Relaxed);
@@ -371,6 +345,27 @@ impl Shared {
             self.backlog.set_sealed_end(last.name.timeline.get(), last.end);
         }
         self.publish(|positions| positions.sealed = positions.sealed.max(end));
+        Ok(())
+    }
+
+    /// Gives each its name, durably. `named`: those that have one now, also after an error.
+    fn name_all<'a>(&self, group: &'a [Sealing], named: &mut Vec<&'a Sealing>) -> Result<(), SpoolError> {
+        for sealing in group {
+            if self.spool.name_sealed(sealing.file.path(), &sealing.name)? {
+                self.tail.renamed(sealing.segment, self.spool.path_of(&sealing.name));
+                named.push(sealing);
+            } else {
+                // An older file of the same WAL stays, and so does its record: it may be compressed otherwise.
+                self.tail.end(sealing.segment);
+            }
+        }
+        let mut last: Option<&SpooledName> = None;
+        for sealing in group {
+            if last.is_none_or(|last| parent(last) != parent(&sealing.name)) {
+                self.spool.sync_names(&sealing.name)?;
+            }
+            last = Some(&sealing.name);
+        }
         Ok(())
     }
 
@@ -426,3 +421,7 @@ fn entry_of(sealing: &Sealing) -> QueueEntry {
         stored_in: Vec::new(),
     }
 }
+
+#[cfg(test)]
+#[path = "sealer_tests.rs"]
+mod tests;

@@ -1,21 +1,25 @@
 //! One object on its way to one repository: put, retried without an end, read back.
 
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use tokio_util::sync::CancellationToken;
 
 use super::ArchiveError;
+use super::gap::gap_of;
+use super::records::REASON_LOST;
 use super::tail::Piece;
-use super::uploader::{Uploader, Work, describe, segment_of};
+use super::uploader::{Uploader, Work, describe, history_of, segment_of};
 use crate::disk::Disk;
 use crate::failure::NextStep;
 use crate::queue::QueueEntry;
 use crate::repository::{Gap, RepositoryError, RepositoryWriter, SealedObject, Stored};
-use crate::seal::Compression;
-use crate::spool::{Spool, parse_relative};
+use crate::seal::{Compression, SealError};
+use crate::spool::{Spool, SpoolError, parse_relative};
 use crate::storage::{Backoff, Body, StorageError};
-use crate::wal::{SegmentName, SegmentSize, TimelineId};
+use crate::telemetry::CauseCode;
+use crate::wal::{Lsn, SegmentName, SegmentSize, TimelineHistory};
 
 /// Stored bytes of a piece that are held in memory while it is sent.
 const IN_MEMORY_MAX: u64 = 1 << 20;
@@ -184,17 +188,28 @@ pub(super) async fn put_spooled(
 ) -> Result<(), ArchiveError> {
     let path = spool.folder().join(&entry.relative);
     let unknown = || ArchiveError::Internal { why: format!("{} is no spooled object", entry.relative) };
-    if let Some(timeline) = entry.relative.strip_prefix("wal/").and_then(|name| name.strip_suffix(".history")) {
-        let timeline = TimelineId::from_hex(timeline)?;
-        let stored = writer.put_history(timeline, &read_small(&path).await?).await?;
+    let name = parse_relative(&entry.relative, segment_size).ok_or_else(unknown)?;
+    if let Some(to) = name.gap_end() {
+        let written = read_small(&path, entry).await.ok().and_then(|content| Gap::parse(&content).ok());
+        // A gap whose file was damaged is a gap all the same: its name says all but the reason.
+        let again = || gap_of(writer.archive().system(), name.timeline, Lsn::new(name.order), to, REASON_LOST);
+        return Ok(writer.put_gap(&written.unwrap_or_else(again)).await.map(|_| ())?);
+    }
+    if let Some(timeline) = history_of(&entry.relative) {
+        let content = read_small(&path, entry).await?;
+        TimelineHistory::parse(timeline, &content).map_err(|error| {
+            let source = SealError::Data { why: error.to_string() };
+            SpoolError::Damaged { path, source }
+        })?;
+        let stored = writer.put_history(timeline, &content).await?;
         return prove(writer, &stored).await;
     }
-    if entry.relative.starts_with("gaps/") {
-        let gap = Gap::parse(&read_small(&path).await?).map_err(|_| unknown())?;
-        return Ok(writer.put_gap(&gap).await.map(|_| ())?);
+    if let Err(error) = tokio::fs::symlink_metadata(&path).await
+        && error.kind() == std::io::ErrorKind::NotFound
+    {
+        return Err(SpoolError::Gone { path }.into());
     }
-    let name = parse_relative(&entry.relative, segment_size);
-    let segment = segment_of(entry, segment_size).filter(|_| name.is_some()).ok_or_else(unknown)?;
+    let segment = segment_of(entry, segment_size).ok_or_else(unknown)?;
     let suffix = entry.relative.rsplit_once('.').map_or("", |(_, suffix)| suffix);
     let compression = Compression::from_suffix(suffix).ok_or_else(unknown)?;
     let size = entry.stored_size;
@@ -230,8 +245,26 @@ async fn body_of(piece: &Piece) -> std::io::Result<Body> {
     tokio::task::spawn_blocking(read).await.map_err(std::io::Error::other)?
 }
 
-async fn read_small(path: &std::path::Path) -> Result<Vec<u8>, ArchiveError> {
-    tokio::fs::read(path).await.map_err(|source| ArchiveError::Read { path: path.into(), source })
+/// A small object, if it still is what was recorded.
+async fn read_small(path: &Path, entry: &QueueEntry) -> Result<Vec<u8>, ArchiveError> {
+    let damaged = |source| SpoolError::Damaged { path: path.into(), source };
+    let sized = |found: u64| damaged(SealError::Size { expected: entry.stored_size, found });
+    let length = match tokio::fs::symlink_metadata(path).await {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            return Err(SpoolError::Gone { path: path.into() }.into());
+        }
+        other => other.map_err(|source| ArchiveError::Read { path: path.into(), source })?.len(),
+    };
+    if length != entry.stored_size {
+        return Err(sized(length).into());
+    }
+    let content = tokio::fs::read(path).await.map_err(|source| ArchiveError::Read { path: path.into(), source })?;
+    let found = crc32fast::hash(&content);
+    if found != entry.crc32 {
+        let (what, expected) = ("CRC-32", entry.crc32);
+        return Err(damaged(SealError::Checksum { what, expected, found }).into());
+    }
+    Ok(content)
 }
 
 /// Errors that no retry cures.
@@ -255,3 +288,7 @@ fn piece_end(relative: &str) -> Option<u32> {
     let range = relative.rsplit_once('/')?.1.split('.').next()?;
     u32::from_str_radix(range.strip_prefix("00000000-")?, 16).ok()
 }
+
+#[cfg(test)]
+#[path = "ship_tests.rs"]
+mod tests;

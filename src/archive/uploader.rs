@@ -450,18 +450,23 @@ impl Uploader {
         segments
     }
 
-    /// The spool's copy is damaged: it is set aside, and the live path takes the bytes again from the server (D4).
+    /// The spool's copy is damaged, or has vanished: it is set aside, and the live path takes the bytes again from the server (D4).
     async fn fetch_again(&self, relative: &str, error: &ArchiveError) {
-        let message = format!("{relative} in the spool: {}; it is set aside and fetched again", error.describe());
+        let message = format!("{relative} in the spool: {}; it is fetched again", error.describe());
         self.board.raise(CauseCode::SpoolFailing, message);
         let (backlog, spool, relative) = (self.backlog.clone(), self.spool.clone(), relative.to_owned());
         let (missing, size) = (self.missing.clone(), self.segment_size);
         let job = tokio::task::spawn_blocking(move || -> Result<(), ArchiveError> {
             let Some(entry) = backlog.entry(&relative) else { return Ok(()) };
-            spool.quarantine(&spool.folder().join(&relative))?;
-            backlog.forget(&entry);
+            if spool.quarantine(&spool.folder().join(&relative))? {
+                backlog.forget(&entry);
+            } else {
+                backlog.lose(&entry);
+            }
             if let Some(segment) = segment_of(&entry, size) {
                 missing.add(segment);
+            } else if let Some(timeline) = history_of(&relative) {
+                missing.add_history(timeline);
             }
             Ok(())
         });
@@ -490,6 +495,11 @@ pub fn describe(error: &RepositoryError) -> String {
         source = cause.source();
     }
     format!("{text}; {}", error.hint())
+}
+
+/// The timeline whose history file this is.
+pub(super) fn history_of(relative: &str) -> Option<TimelineId> {
+    TimelineId::from_hex(relative.strip_prefix("wal/")?.strip_suffix(".history")?).ok()
 }
 
 /// The whole segment that an entry holds, or whose last part it is.
