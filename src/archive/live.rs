@@ -215,13 +215,13 @@ impl Live {
             prepared = self.prepare() => prepared?,
             () = shutdown.cancelled() => return Err(ArchiveError::Stopping),
         };
-        let info = connection.identify_system().await?;
         self.stream(connection, start, settings, status_interval).await
     }
 
     /// Everything that comes before the stream.
     async fn prepare(&mut self) -> Result<(ReplicationConnection, Start, AssemblerSettings, Duration), ArchiveError> {
         let mut connection = self.connect().await?;
+        let info = connection.identify_system().await?;
         if info.system_identifier != self.system {
             return Err(ArchiveError::OtherCluster { found: info.system_identifier, expected: self.system });
         }
@@ -249,6 +249,9 @@ impl Live {
         self.slot_at = slot.unwrap_or(Lsn::ZERO);
         self.wal.send_replace(Some(assembler_settings.clone()));
         let held = self.held().await?;
+        if let Some(held) = &held {
+            self.settle_left(held.timeline).await?;
+        }
         let start = match held {
             None => self.first_start(&mut connection, &info, slot).await?,
             Some(held) => self.next_start(&mut connection, &info, held, &assembler_settings).await?,
@@ -279,13 +282,13 @@ impl Live {
         if !finished.is_empty() {
             self.backlog.insert(&finished);
         }
-        let InSpool { held, useless } = find_in_spool(&self.spool, self.system, self.segment_size)?;
-        useless.iter().try_for_each(|path| self.spool.remove_open(path))?;
-        Ok(held)
         let unrecorded = unrecorded(&self.spool, &self.backlog, self.system, self.segment_size)?;
         if !unrecorded.is_empty() {
             self.backlog.insert(&unrecorded);
         }
+        let InSpool { held, useless } = find_in_spool(&self.spool, self.system, self.segment_size)?;
+        useless.iter().try_for_each(|path| self.spool.remove_open(path))?;
+        Ok(held)
     }
 
     /// What the spool holds, without a change to it.
@@ -484,7 +487,9 @@ impl Live {
             server_end: start.held_end,
             cut_at: Lsn::ZERO,
             asked_at_end: 0,
+            asks: None,
             begun_at: position,
+            stop_by: None,
         };
         receiver.run().await
     }
@@ -492,9 +497,7 @@ impl Live {
     /// Where the repositories' pieces of the segment to build end: there a stretch must end as well, so that they can be continued.
     async fn wanted_cuts(&self, segment: SegmentName) -> BTreeSet<u64> {
         // Where pieces may end that are on their way just now: at any cut of the session before.
-            asks: None,
         let mut cuts = self.tail.cuts(segment);
-            stop_by: None,
         for (archive, _) in &self.archives {
             let (archive, stores) = (archive.clone(), &self.stores);
             let asked = stores

@@ -99,6 +99,12 @@ impl Live {
             self.seal_partial(settings, &held, held.end).await?;
             return Ok(self.start_on_branch(ancestor, switch, next).await);
         };
+        self.forget_archived(held.timeline).await;
+        let lost = self.missing.first(held.timeline).filter(|segment| segment.end() <= held.sealed_end.min(switch));
+        if let Some(segment) = lost {
+            tracing::warn!(%segment, "fetching a lost segment of the timeline before again");
+            return Ok(self.start_at_missing(segment, held));
+        }
         if held.end < switch {
             return Ok(self.start_after(held));
         }

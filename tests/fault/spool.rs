@@ -8,6 +8,7 @@ use std::time::Duration;
 use super::store::{open, shut};
 use crate::live::streaming::{archive_all, pieces_of_open_segment};
 use crate::support::oracle::{cluster_folder, compare_stored, files_below, stored_segments};
+use crate::live::timeline::promote_in_place;
 use crate::support::{Ledger, Postgres, Stage, Walden, has_cause, parts, wait_until};
 
 const MINUTE: Duration = Duration::from_secs(60);
@@ -66,7 +67,7 @@ fn flip(path: &Path) {
 /// not, they are a recorded gap (I3, I13; D4 of the failure table).
 #[test]
 fn damaged_spooled_segments_are_fetched_again_or_told_as_a_gap() {
-    for (server_has_them, crashed) in [(true, false), (false, false), (true, true)] {
+    for (server_has_them, crashed, stateless) in [(true, false, false), (false, false, true), (true, true, true)] {
         let stage = Stage::new("damage");
         let builder = Postgres::builder(17).wal_segsize(1);
         let builder = if server_has_them {
@@ -79,18 +80,22 @@ fn damaged_spooled_segments_are_fetched_again_or_told_as_a_gap() {
         let mut agent = walden.run_connected();
         archive_all(&postgres, &mut agent);
         shut(&walden);
-        postgres.psql("CREATE TABLE bulk AS SELECT n, md5(n::text) FROM generate_series(1, 100000) n");
+        postgres.psql("CREATE TABLE bulk AS SELECT n, md5(n::text) FROM generate_series(1, 150000) n");
         let end = archive_here(&postgres);
         agent.wait_durable(end, MINUTE);
         agent.wait_status(MINUTE, "a backlog", |status| status["queue"]["segments"].as_u64() > Some(5));
         agent.kill9();
         let mut spooled: Vec<PathBuf> = files_below(&walden.spool())
+        if stateless {
+            fs::remove_dir_all(walden.state()).expect("the state is there");
+        }
             .into_iter()
             .filter(|path| path.parent().is_some_and(|folder| folder.ends_with("wal/00000001")))
             .collect();
         spooled.sort();
         let name = |path: &Path| path.file_name().expect("a name").to_string_lossy()[..24].to_owned();
-        let damaged = [name(&spooled[2]), name(&spooled[4])];
+        let damaged = [name(&spooled[2]), name(&spooled[4]), name(&spooled[6])];
+        fs::remove_file(&spooled[6]).expect("removed");
         flip(&spooled[2]);
         let cut = fs::File::options().write(true).open(&spooled[4]).expect("a spooled file");
         cut.set_len(cut.metadata().expect("its size").len() / 2).expect("shorter");
@@ -120,14 +125,14 @@ fn damaged_spooled_segments_are_fetched_again_or_told_as_a_gap() {
             archive_all(&postgres, &mut agent);
             compare_stored(&folder, &postgres.oracle).assert_whole(6);
         } else {
-            let status = agent.wait_status(MINUTE, "both gaps", |status| {
-                has_cause(status, "gap") && status["gaps"].as_array().is_some_and(|gaps| gaps.len() == 2)
+            let status = agent.wait_status(MINUTE, "all gaps", |status| {
+                has_cause(status, "gap") && status["gaps"].as_array().is_some_and(|gaps| gaps.len() == 3)
             });
             assert_eq!(status["healthy"], false);
             archive_all(&postgres, &mut agent);
             let compared = compare_stored(&folder, &postgres.oracle);
             assert_eq!(compared.missing, damaged, "no more and no less is missing than what was damaged");
-            assert_eq!(files_below(&folder.join("gaps")).len(), 2);
+            assert_eq!(files_below(&folder.join("gaps")).len(), 3);
             assert!(damaged.iter().all(|segment| !stored_segments(&folder).contains_key(segment)));
         }
         // What was settled is not begun again.
@@ -135,7 +140,7 @@ fn damaged_spooled_segments_are_fetched_again_or_told_as_a_gap() {
         let mut agent = walden.run_connected();
         archive_all(&postgres, &mut agent);
         assert!(!agent.log().contains("fetching a lost segment again"), "{}", agent.log());
-        assert_eq!(files_below(&folder.join("gaps")).len(), if server_has_them { 0 } else { 2 });
+        assert_eq!(files_below(&folder.join("gaps")).len(), if server_has_them { 0 } else { 3 });
         let quarantined =
             files_below(&walden.spool()).into_iter().filter(|path| path.to_string_lossy().contains("quarantine"));
         assert_eq!(quarantined.count(), 2);
@@ -143,6 +148,70 @@ fn damaged_spooled_segments_are_fetched_again_or_told_as_a_gap() {
 }
 
 /// The newest segment stays in the spool, for the comparison at the next connection. If it is damaged meanwhile, that is no other
+/// Somebody cleans the disk under a running agent: what was not stored yet comes from the server again, also while the store is still
+/// away. The position went on over it before (I3).
+#[test]
+fn spooled_segments_that_vanish_under_the_agent_are_fetched_again() {
+    let stage = Stage::new("vanish");
+    let postgres = Postgres::builder(15).wal_segsize(1).setting("checkpoint_timeout", "1h").start(&stage);
+    let walden = Walden::local(&stage, &postgres, "[upload]\nretry_delay_max = \"1s\"\n");
+    let mut agent = walden.run_connected();
+    archive_all(&postgres, &mut agent);
+    shut(&walden);
+    postgres.psql("CREATE TABLE bulk AS SELECT n, md5(n::text) FROM generate_series(1, 100000) n");
+    let end = archive_here(&postgres);
+    agent.wait_durable(end, MINUTE);
+    agent.wait_status(MINUTE, "a backlog", |status| status["queue"]["segments"].as_u64() > Some(5));
+    let wal = cluster_folder(&walden.spool(), "main", &postgres).join("wal/00000001");
+    let mut spooled = files_below(&wal);
+    spooled.sort();
+    let vanished = [&spooled[1], &spooled[2], &spooled[5]];
+    vanished.iter().for_each(|path| fs::remove_file(path).expect("removed"));
+    wait_until(MINUTE, "the files to come again", || vanished.iter().all(|path| path.exists()));
+    open(&walden);
+    agent.wait_archived(end, MINUTE);
+    agent.wait_status(MINUTE, "healthy", |status| status["healthy"] == true);
+    let folder = cluster_folder(&walden.repository(), "main", &postgres);
+    compare_stored(&folder, &postgres.oracle).assert_whole(6);
+    assert!(agent.sigterm(MINUTE).success(), "{}", agent.log_tail());
+}
+
+/// A segment is lost from the spool and the server is promoted: its timeline is taken up once more. One that is lost after that is
+/// told as a gap; it was passed over (I3).
+#[test]
+fn what_is_lost_of_the_timeline_before_is_fetched_again_or_told() {
+    let stage = Stage::new("lostold");
+    // A shutdown ends with a checkpoint, which removes what the slot does not hold.
+    let mut postgres = Postgres::builder(17).wal_segsize(1).setting("wal_keep_size", "256MB").start(&stage);
+    let walden = Walden::local(&stage, &postgres, "[upload]\nretry_delay_max = \"1s\"\n");
+    let mut agent = walden.run_connected();
+    archive_all(&postgres, &mut agent);
+    shut(&walden);
+    postgres.psql("CREATE TABLE bulk AS SELECT n, md5(n::text) FROM generate_series(1, 100000) n");
+    let end = archive_here(&postgres);
+    agent.wait_durable(end, MINUTE);
+    agent.wait_status(MINUTE, "a backlog", |status| status["queue"]["segments"].as_u64() > Some(5));
+    agent.kill9();
+    let mut spooled = files_below(&cluster_folder(&walden.spool(), "main", &postgres).join("wal/00000001"));
+    spooled.sort();
+    fs::remove_file(&spooled[2]).expect("removed");
+    promote_in_place(&mut postgres);
+    let mut agent = walden.run_connected();
+    agent.wait_status(MINUTE, "the second timeline", |status| status["timeline"] == 2);
+    assert!(spooled[2].exists(), "{}", agent.log_tail());
+    flip(&spooled[3]);
+    open(&walden);
+    agent.wait_status(MINUTE, "the gap", |status| {
+        has_cause(status, "gap") && status["gaps"].as_array().is_some_and(|gaps| gaps.len() == 1)
+    });
+    archive_all(&postgres, &mut agent);
+    let folder = cluster_folder(&walden.repository(), "main", &postgres);
+    let lost = spooled[3].file_name().expect("a name").to_string_lossy()[..24].to_owned();
+    assert_eq!(compare_stored(&folder, &postgres.oracle).missing, [lost]);
+    assert_eq!(files_below(&folder.join("gaps")).len(), 1);
+    assert!(agent.sigterm(MINUTE).success(), "{}", agent.log_tail());
+}
+
 /// history: it is set aside and archiving goes on (I7, I13).
 #[test]
 fn a_damaged_overlap_is_not_taken_for_another_history() {

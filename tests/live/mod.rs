@@ -20,7 +20,7 @@ mod stores;
 mod standby;
 mod synchronous;
 mod tail_cost;
-mod timeline;
+pub mod timeline;
 mod wal_records;
 mod watched;
 mod wrong_input;

@@ -132,7 +132,7 @@ fn refuse_a_rolled_back_copy(major: u32) {
 
 /// Restarts a server as a standby without a primary, and promotes it: it goes on on a timeline of its own.
 #[track_caller]
-fn promote_in_place(postgres: &mut Postgres) {
+pub fn promote_in_place(postgres: &mut Postgres) {
     postgres.stop_fast();
     fs::write(postgres.data.join("standby.signal"), "").expect("standby.signal");
     postgres.stage().give(&postgres.data.join("standby.signal"));
