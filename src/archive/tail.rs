@@ -20,8 +20,8 @@ use crate::wal::{Lsn, SegmentName};
 const STRETCHES_MAX: usize = 256;
 /// Stored bytes of a piece at most, unless a single stretch has more.
 const PIECE_BYTES_MAX: u64 = 16 << 20;
-/// The open segment and the one before.
-const SEGMENTS_MAX: usize = 2;
+/// The open segment and those before: a large transaction may fill more than one before the rest of the first is sent.
+const SEGMENTS_MAX: usize = 4;
 
 /// A segment that is shipped in pieces.
 #[derive(Debug)]

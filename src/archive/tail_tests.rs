@@ -83,7 +83,7 @@ fn joining_bounds_memory_and_leaves_every_stand() {
 }
 
 #[test]
-fn a_whole_segment_stays_until_the_one_after_the_next() {
+fn a_whole_segment_stays_until_some_have_followed() {
     let tail = tail(&[0, 10]);
     tail.close(segment(1), Some(stretch(10, MIB)));
     tail.renamed(segment(1), "whole".into());
@@ -95,8 +95,12 @@ fn a_whole_segment_stays_until_the_one_after_the_next() {
     tail.push(segment(1), stretch(MIB, MIB + 1));
     assert_eq!(offer(&tail, MIB, None), "nothing", "nothing follows in a whole one");
     assert!(tail.holds(&rest));
-    tail.close(segment(2), None);
-    tail.begin(segment(3), "three".into());
-    assert_eq!(tail.segments().iter().map(|tailed| tailed.segment).collect::<Vec<_>>(), [segment(2), segment(3)]);
+    for next in [3, 4, 5] {
+        assert!(tail.holds(&rest));
+        tail.close(segment(next - 1), None);
+        tail.begin(segment(next), "next".into());
+    }
+    let kept: Vec<_> = tail.segments().iter().map(|tailed| tailed.segment).collect();
+    assert_eq!(kept, [2, 3, 4, 5].map(segment));
     assert!(!tail.holds(&rest));
 }
