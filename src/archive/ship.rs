@@ -58,7 +58,22 @@ impl Uploader {
             return gone; // a segment has at most 1 GiB
         };
         let compression = self.wal.borrow().as_ref().map_or(Compression::Lz4, |wal| wal.compression);
-        let Ok(body) = body_of(&piece).await else { return gone };
+        let unreadable = |why: &dyn std::fmt::Display| {
+            if self.tail.is_unreadable(&piece) {
+                let path = piece.path.display();
+                let message = format!(
+                    "the open segment's file {path} does not hold what was written ({why}): it is received again; check the spool's disk"
+                );
+                self.board.raise(CauseCode::SpoolFailing, message);
+            }
+        };
+        let body = match body_of(&piece).await {
+            Ok(body) => body,
+            Err(error) => {
+                unreadable(&error);
+                return gone;
+            }
+        };
         let object = SealedObject { body, size: piece.size, crc32: piece.crc32, compression };
         let mut backoff = Backoff::new(self.retry_delay_max);
         loop {
@@ -71,8 +86,11 @@ impl Uploader {
                     self.shown.observe_upload(began.elapsed());
                     return Shipped::Piece { segment: piece.segment, start: piece.start, end: piece.end };
                 }
-                // The file got its final name while it was read.
-                Err(RepositoryError::Storage(StorageError::SourceDamaged { .. }) | RepositoryError::Local { .. }) => {
+                // The file got its final name while it was read, or it is damaged.
+                Err(error)
+                    if error.next_step() == NextStep::FetchAgain || matches!(error, RepositoryError::Local { .. }) =>
+                {
+                    unreadable(&error);
                     return gone;
                 }
                 Err(error) if !self.tail.holds(&piece) && !stops(&error) => {

@@ -104,3 +104,17 @@ fn a_whole_segment_stays_until_some_have_followed() {
     assert_eq!(kept, [2, 3, 4, 5].map(segment));
     assert!(!tail.holds(&rest));
 }
+
+/// A damaged open file was tried again every half second, for ever and without a word.
+#[test]
+fn a_piece_that_cannot_be_read_back_again_and_again_begins_the_stream_anew() {
+    let tail = tail(&[0, 10]);
+    let recut = tail.subscribe_recut();
+    let Offer::Piece(piece) = tail.piece(&settings(), segment(1), 0, None) else { panic!("it is offered") };
+    for _ in 1..UNREADABLE_MAX {
+        assert!(!tail.is_unreadable(&piece) && !recut.has_changed().unwrap(), "a file that just got its name");
+    }
+    assert!(tail.is_unreadable(&piece) && recut.has_changed().unwrap());
+    tail.clear();
+    assert!(!tail.is_unreadable(&piece), "of a session that is over");
+}
