@@ -193,9 +193,7 @@ impl Backlog {
     /// it a segment or a timeline's last part, and a gap right before it.
     pub fn removable(&self) -> Vec<QueueEntry> {
         self.with(|state| {
-            let is_wal = |e: &&QueueEntry| !is_history(e) && !e.relative.starts_with("gaps/");
-            let until = state.sealed_end.map_or(u32::MAX, |(timeline, _)| timeline);
-            let newest = state.entries.values().filter(|e| e.timeline <= until).rfind(is_wal);
+            let newest = newest_wal(state);
             let position = newest.map(|e| (e.timeline, e.order));
             let done = state.entries.values().filter(|e| self.is_done(e));
             let stays = |e: &&QueueEntry| match gap_end(e) {
@@ -205,6 +203,13 @@ impl Backlog {
             };
             done.filter(|e| !stays(e)).cloned().collect()
         })
+    }
+
+    /// Whether an object's spool file goes as soon as it is stored: no other repository waits for it, and it is not the newest WAL, which
+    /// stays.
+    pub fn goes_once_stored(&self, entry: &QueueEntry) -> bool {
+        let newest = self.with(|state| newest_wal(state).map(key));
+        self.repositories.len() == 1 && newest != Some(key(entry))
     }
 
     /// Forgets an entry whose spool file is gone. Blocking.
@@ -221,6 +226,13 @@ impl Backlog {
             lacking.fold((0, 0), |(count, bytes), e| (count + 1, bytes + e.stored_size))
         })
     }
+}
+
+/// The newest WAL up to the timeline that is archived now.
+fn newest_wal(state: &State) -> Option<&QueueEntry> {
+    let is_wal = |e: &&QueueEntry| !is_history(e) && !e.relative.starts_with("gaps/");
+    let until = state.sealed_end.map_or(u32::MAX, |(timeline, _)| timeline);
+    state.entries.values().filter(|e| e.timeline <= until).rfind(is_wal)
 }
 
 fn holds(entry: &QueueEntry, repository: &str) -> bool {

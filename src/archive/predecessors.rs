@@ -140,7 +140,8 @@ impl Predecessors {
                 renewed = Instant::now();
             }
             if !is_held(writer.archive(), spool, size, entry).await? {
-                put_spooled(spool, size, &writer, entry).await?;
+                // The files go only when all of them are stored.
+                put_spooled(spool, size, &writer, entry, false).await?;
             }
         }
         Ok(())

@@ -171,16 +171,17 @@ impl Uploader {
 
     /// Puts one spooled object and reads back that it is there.
     async fn put(&self, writer: &RepositoryWriter, entry: &QueueEntry) -> Result<(), ArchiveError> {
-        put_spooled(&self.spool, self.segment_size, writer, entry).await
+        put_spooled(&self.spool, self.segment_size, writer, entry, self.backlog.goes_once_stored(entry)).await
     }
 }
 
-/// Puts one spooled object and reads back that it is there.
+/// Puts one spooled object and reads back that it is there. `goes`: its spool file is removed as soon as it is.
 pub(super) async fn put_spooled(
     spool: &Spool,
     segment_size: SegmentSize,
     writer: &RepositoryWriter,
     entry: &QueueEntry,
+    goes: bool,
 ) -> Result<(), ArchiveError> {
     let path = spool.folder().join(&entry.relative);
     let unknown = || ArchiveError::Internal { why: format!("{} is no spooled object", entry.relative) };
@@ -198,7 +199,7 @@ pub(super) async fn put_spooled(
     let suffix = entry.relative.rsplit_once('.').map_or("", |(_, suffix)| suffix);
     let compression = Compression::from_suffix(suffix).ok_or_else(unknown)?;
     let size = entry.stored_size;
-    let body = Body::SealedFile { path, length: size };
+    let body = Body::SealedFile { path, length: size, goes };
     let object = SealedObject { body, size, crc32: entry.crc32, compression };
     let stored = match piece_end(&entry.relative).filter(|_| entry.relative.starts_with("tail/")) {
         Some(end) => writer.put_piece(segment, 0, end, &object).await?,

@@ -107,7 +107,7 @@ impl Side {
 pub(super) async fn read_local(body: &Body, offset: u64, length: usize) -> io::Result<Bytes> {
     let (path, file_offset, file_length, prefix, suffix) = match body {
         Body::Bytes(bytes) => return Ok(slice(bytes, offset, length)),
-        Body::SealedFile { path, length } => (path, 0, *length, &Bytes::new(), &Bytes::new()),
+        Body::SealedFile { path, length, .. } => (path, 0, *length, &Bytes::new(), &Bytes::new()),
         Body::FileRange { path, offset, length, prefix, suffix } => (path, *offset, *length, prefix, suffix),
     };
     let prefix_length = prefix.len() as u64; // usize fits

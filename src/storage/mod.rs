@@ -30,11 +30,13 @@ const PIECE: usize = 256 * 1024;
 #[derive(Clone, Debug)]
 pub enum Body {
     Bytes(Bytes),
-    /// A whole file of `length` bytes that nobody writes to any more, such as a sealed spool file. A store in a directory of the same
-    /// file system may share it by a hard link instead of copying.
+    /// A whole file of `length` bytes that nobody writes to any more, such as a sealed spool file.
     SealedFile {
         path: PathBuf,
         length: u64,
+        /// The file goes right after. Then a store in a directory of the same file system may share it by a hard link instead of copying:
+        /// under two names for longer, damage to the one would be damage to the other.
+        goes: bool,
     },
     /// `length` bytes of a file from `offset`, between `prefix` and `suffix` (small). Streamed with a buffer of at most 256 KiB.
     FileRange {

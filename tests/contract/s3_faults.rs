@@ -52,7 +52,7 @@ async fn a_put_carries_checksum_length_and_condition_and_is_never_chunked() {
         prefix: Bytes::from_static(b"head"),
         suffix: Bytes::new(),
     };
-    let sealed = Body::SealedFile { path: file.path().to_owned(), length: 1_000_000 };
+    let sealed = Body::SealedFile { path: file.path().to_owned(), length: 1_000_000, goes: true };
     for (key, body, bytes) in [
         ("wire/range", range, &stored[..]),
         ("wire/sealed", sealed, &content[..]),
@@ -430,7 +430,7 @@ async fn over_tls_an_own_authority_is_trusted_and_bodies_are_not_hashed_twice() 
     let trusting = open_s3(S3Settings { ca_file: Some(ca_file), ..settings.clone() }).await.unwrap();
     let content = noise(600_000, 1);
     let file = file_of(&content);
-    let sealed = Body::SealedFile { path: file.path().to_owned(), length: 600_000 };
+    let sealed = Body::SealedFile { path: file.path().to_owned(), length: 600_000, goes: true };
     assert_eq!(trusting.put_new("a", &sealed, crc32fast::hash(&content)).await.unwrap(), PutOutcome::Created);
     assert_eq!(put(&trusting, "b", &content).await.unwrap(), PutOutcome::Created);
     assert!(read(&trusting, "a").await == content);

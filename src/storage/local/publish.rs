@@ -119,7 +119,8 @@ impl Drop for Unpublished {
 
 /// Gives an open, flushed file of the same file system the object's name as well, without copying. `None`: it cannot be done here.
 ///
-/// Only for a file that has one name: an object must not share its bytes with a second repository, which one damaged block would then hit too.
+/// Only for a file whose other name goes right after: what happens to the bytes under the one name happens to them under the other.
+/// And only for a file that has one name: two repositories must not share their bytes, which one damaged block would then hit both.
 pub(super) fn publish_link(tree: &Tree, key: &str, source: &File) -> Result<Option<PutOutcome>, StorageError> {
     let (folder, name) = split(key);
     let status = rustix::fs::fstat(source).map_err(|errno| tree.error(errno, "reading", key))?;
