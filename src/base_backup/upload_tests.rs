@@ -106,6 +106,20 @@ async fn a_failed_part_is_tried_again_not_the_backup() {
     }
 }
 
+/// A store that has forgotten the upload never takes a part of it again: the backup waited for ever.
+#[tokio::test]
+async fn an_upload_that_the_store_forgot_ends_the_backup() {
+    for operation in [Operation::PutPart, Operation::Complete] {
+        let fixture = fixture().await;
+        fixture.plan.add(Rule::new(operation, Effect::Fail(Failure::UploadGone)));
+        let ended = tokio::time::timeout(Duration::from_secs(20), fixture.run()).await.expect("it ends");
+        assert!(
+            matches!(ended, Err(BackupError::Repository(RepositoryError::Storage(StorageError::UploadGone { .. })))),
+            "{operation:?}: {ended:?}"
+        );
+    }
+}
+
 #[tokio::test]
 async fn a_cancelled_upload_leaves_no_object() {
     let fixture = fixture().await;

@@ -219,6 +219,15 @@ pub enum StorageError {
     #[error("{url}: the bytes to store as {key} changed while they were sent: {why}")]
     SourceDamaged { url: String, key: String, why: String },
     #[error("{url}: {why}")]
+    Refused {
+        url: String,
+        why: String,
+        #[source]
+        source: Option<BoxError>,
+    },
+    #[error("{url} has forgotten the upload of {key}")]
+    UploadGone { url: String, key: String },
+    #[error("{url}: {why}")]
     Settings { url: String, why: String },
 }
 
@@ -236,9 +245,12 @@ impl StorageError {
             }
             // The login page of a network, say, which goes away with the login.
             Self::NotAStore { .. } => NextStep::Retry,
+            // A redirect while a bucket moves, a key that is disabled for an hour: wrong settings show in the same way.
+            Self::Refused { .. } => NextStep::Retry,
             Self::NotFound { .. } | Self::Damaged { .. } => NextStep::Retry,
             Self::Full { .. } => NextStep::Wait,
-            Self::SourceDamaged { .. } => NextStep::FetchAgain,
+            // The parts are gone with it, and nobody else has them.
+            Self::SourceDamaged { .. } | Self::UploadGone { .. } => NextStep::FetchAgain,
             Self::TooLarge { .. } | Self::Settings { .. } => NextStep::Stop,
         }
     }
@@ -251,6 +263,8 @@ impl StorageError {
             Self::Denied { .. }
             | Self::NoBucket { .. }
             | Self::NotAStore { .. }
+            | Self::Refused { .. }
+            | Self::UploadGone { .. }
             | Self::NotFound { .. }
             | Self::Full { .. }
             | Self::Damaged { .. }
@@ -292,7 +306,10 @@ impl StorageError {
             Self::Damaged { .. } => "restore the object from another repository or a version of the bucket",
             Self::TooLarge { .. } => "it is not an object that Walden wrote; look at what else writes there",
             Self::SourceDamaged { .. } => "check the spool's disk; the bytes are taken again from the server",
-            Self::Settings { .. } => "correct the settings of the repository",
+            Self::UploadGone { .. } => {
+                "take it again; if it stays, look whether the store removes unfinished uploads too soon"
+            }
+            Self::Refused { .. } | Self::Settings { .. } => "correct the settings of the repository",
         }
     }
 }

@@ -120,7 +120,7 @@ async fn errors_have_their_kind_and_say_what_to_do() {
         StorageError::Throttled { .. } => "throttled",
         StorageError::Unavailable { .. } => "unavailable",
         StorageError::NotAStore { .. } => "no store",
-        StorageError::Settings { .. } => "settings",
+        StorageError::Refused { .. } => "refused",
         StorageError::Full { .. } => "full",
         _ => "other",
     };
@@ -135,7 +135,9 @@ async fn errors_have_their_kind_and_say_what_to_do() {
         (HttpFault::Status(429, "TooManyRequests"), "throttled"),
         (HttpFault::Status(500, "InternalError"), "unavailable"),
         (HttpFault::Status(507, "XMinioStorageFull"), "full"),
-        (HttpFault::Headers(301, "x-amz-bucket-region: eu-west-3\r\nlocation: http://192.0.2.1/\r\n"), "settings"),
+        (HttpFault::Headers(301, "x-amz-bucket-region: eu-west-3\r\nlocation: http://192.0.2.1/\r\n"), "refused"),
+        (HttpFault::Headers(307, "location: http://192.0.2.1/\r\n"), "refused"),
+        (HttpFault::Status(400, "KMS.DisabledException"), "refused"),
         // An upload is looked at by HEAD, whose answer has no page to show.
         (HttpFault::Body("<html>login</html>".to_owned()), "unavailable"),
     ] {
@@ -300,6 +302,21 @@ async fn a_completion_that_answers_200_with_an_error_is_a_failure() {
     // The parts are still there.
     assert_eq!(upload.complete(1000, crc32).await.unwrap(), PutOutcome::Created);
     assert!(read(&double.store, "a").await == bytes);
+}
+
+#[tokio::test]
+async fn an_upload_that_the_store_forgot_is_told_as_such() {
+    let double = double().await;
+    double.store.probe("check/").await.unwrap();
+    let bytes = noise(1000, 4);
+    let crc32 = crc32fast::hash(&bytes);
+    let upload = double.store.begin_multipart("a").await.unwrap();
+    upload.put_part(1, bytes.clone(), crc32).await.unwrap();
+    double.server.faults().always("", "uploadId", HttpFault::Status(404, "NoSuchUpload"));
+    let part = upload.put_part(2, bytes.clone(), crc32).await;
+    assert!(matches!(part, Err(StorageError::UploadGone { .. })), "{part:?}");
+    let whole = upload.complete(1000, crc32).await;
+    assert!(matches!(whole, Err(StorageError::UploadGone { .. })), "{whole:?}");
 }
 
 #[tokio::test]

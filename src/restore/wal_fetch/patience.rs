@@ -72,6 +72,8 @@ pub(super) fn persistence(error: &RestoreError) -> Persistence {
             | StorageError::Denied { .. }
             | StorageError::NoBucket { .. }
             | StorageError::NotAStore { .. }
+            | StorageError::Refused { .. }
+            | StorageError::UploadGone { .. }
             | StorageError::Full { .. }
             | StorageError::Damaged { .. }
             | StorageError::TooLarge { .. }
