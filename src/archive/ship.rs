@@ -67,10 +67,13 @@ impl Uploader {
                     self.shown.observe_upload(began.elapsed());
                     return Shipped::Piece { segment: piece.segment, start: piece.start, end: piece.end };
                 }
-                // The file got its final name while it was read.
-                Err(RepositoryError::Storage(StorageError::SourceDamaged { .. }) | RepositoryError::Local { .. }) => {
-                    return gone;
-                }
+                // The file got its final name while it was read. One that is damaged is found out when its segment is stored whole.
+                Err(
+                    RepositoryError::Storage(StorageError::SourceDamaged { .. })
+                    | RepositoryError::Local { .. }
+                    | RepositoryError::LocalDamaged { .. }
+                    | RepositoryError::LocalIdentity { .. },
+                ) => return gone,
                 Err(error) if !self.tail.holds(&piece) && !stops(&error) => {
                     self.shown.upload_failed();
                     self.tell_store(Work::Pieces, Some(describe(&error)));
@@ -117,9 +120,7 @@ impl Uploader {
                     self.settle(&entry, began.elapsed()).await;
                     return Shipped::Segment { entry };
                 }
-                Err(error) if matches!(error.next_step(), NextStep::Stop | NextStep::FetchAgain) => {
-                    return Shipped::Failed { error, what: entry.relative };
-                }
+                Err(error) if entry_stops(&error) => return Shipped::Failed { error, what: entry.relative },
                 Err(error) => {
                     self.shown.upload_failed();
                     self.tell_store(Work::Objects, Some(format!("{}; {}", error.describe(), error.hint())));
@@ -235,9 +236,16 @@ async fn read_small(path: &std::path::Path) -> Result<Vec<u8>, ArchiveError> {
     tokio::fs::read(path).await.map_err(|source| ArchiveError::Read { path: path.into(), source })
 }
 
-/// Errors that no retry cures.
+/// Errors that no retry cures. Whatever else a store answers, be it a redirect or a refused setting, it may take back (I21).
 fn stops(error: &RepositoryError) -> bool {
-    error.is_conflict() || error.is_lease_lost() || matches!(error.next_step(), NextStep::Stop | NextStep::FetchAgain)
+    error.is_conflict() || error.is_lease_lost() || error.next_step() == NextStep::FetchAgain
+}
+
+fn entry_stops(error: &ArchiveError) -> bool {
+    match error {
+        ArchiveError::Repository(error) => stops(error),
+        error => matches!(error.next_step(), NextStep::Stop | NextStep::FetchAgain),
+    }
 }
 
 fn is_throttled(error: &RepositoryError) -> bool {

@@ -363,11 +363,12 @@ impl Uploader {
     fn stop_for(&self, error: &ArchiveError, what: &str) {
         self.shown.upload_failed();
         let message = format!("repository {}: {what}: {}; {}", self.shown.name(), error.describe(), error.hint());
-        if matches!(error, ArchiveError::Repository(error) if error.is_conflict()) {
-            self.board.raise(CauseCode::Conflict, message.clone());
-        } else {
-            self.board.raise(CauseCode::SpoolFailing, message.clone());
-        }
+        let cause = match error {
+            ArchiveError::Repository(error) if error.is_conflict() => CauseCode::Conflict,
+            ArchiveError::Repository(_) => CauseCode::StoreFailing,
+            _ => CauseCode::SpoolFailing,
+        };
+        self.board.raise(cause, message.clone());
         self.halt.stop(ArchiveError::Refused { why: message });
     }
 

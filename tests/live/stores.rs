@@ -90,6 +90,60 @@ fn of_two_repositories_one_may_fail_for_a_while() {
     assert!(agent.sigterm(MINUTE).success(), "{}", agent.log_tail());
 }
 
+/// A load balancer sends every request elsewhere for some seconds, and one answer is changed on its way: archiving stopped until a
+/// restart (I13, I21; C3 and C4 of the failure table). Nothing is ever sent to where it points.
+#[test]
+fn a_store_that_redirects_for_a_while_stops_nothing() {
+    let stage = Stage::new("redirect");
+    let runtime = runtime();
+    let folder = stage.make_dir("s3");
+    let server = runtime.block_on(S3Server::start_s3s(&folder));
+    let elsewhere = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+    elsewhere.set_nonblocking(true).expect("a socket");
+    let address = elsewhere.local_addr().expect("a bound socket");
+    let location: &'static str = format!("location: http://{address}/\r\n").leak();
+    let postgres = Postgres::builder(17).wal_segsize(1).start(&stage);
+    let mut walden = Walden::with_repository(&stage, &postgres, &format!("{UPLOAD}{}", s3_table("there", &server)));
+    for (name, value) in server.environment() {
+        walden = walden.env(&name, &value);
+    }
+    let mut agent = walden.run_connected();
+    postgres.pgbench_init(1);
+    archive_all(&postgres, &mut agent);
+    for fault in [HttpFault::Headers(307, location), HttpFault::Status(400, "KMS.DisabledException")] {
+        server.faults().always("", "", fault);
+        postgres.psql("CREATE TABLE bulk AS SELECT n, md5(n::text) FROM generate_series(1, 20000) n");
+        postgres.switch_wal();
+        postgres.psql("SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE active");
+        agent.wait_status(MINUTE, "the cause store_failing", |status| {
+            has_cause(status, "store_failing") && status["queue"]["segments"].as_u64() > Some(1)
+        });
+        server.faults().clear();
+        postgres.psql("DROP TABLE bulk");
+        archive_all(&postgres, &mut agent);
+        agent.wait_status(MINUTE, "healthy again", |status| status["healthy"] == true);
+    }
+    assert!(elsewhere.accept().is_err(), "a request went where the redirect points");
+    // An object is stored and the answer lost; what is read of it for the comparison is changed once.
+    let next = postgres.value("SELECT pg_walfile_name(pg_current_wal_insert_lsn())");
+    server.faults().add("PUT", &format!("/{next}.lz4"), 1, 1, HttpFault::AnswerLost);
+    server.faults().add("GET", &format!("/{next}.lz4"), 1, 1, HttpFault::FlipFromEnd(100));
+    archive_all(&postgres, &mut agent);
+    server.faults().clear();
+    agent.wait_status(MINUTE, "healthy once more", |status| status["healthy"] == true);
+    // On a new host the overlap is read from the store, and is changed on its way a few times.
+    assert!(agent.sigterm(MINUTE).success(), "{}", agent.log_tail());
+    fs::remove_dir_all(walden.spool()).expect("the spool is there");
+    fs::remove_dir_all(walden.state()).expect("the state is there");
+    server.faults().add("GET", ".lz4", 1, 4, HttpFault::FlipFromEnd(100));
+    let mut agent = walden.run();
+    archive_all(&postgres, &mut agent);
+    agent.wait_status(MINUTE, "healthy on the new host", |status| status["healthy"] == true);
+    let there = cluster_folder(&folder.join(&server.bucket).join("deep/down"), "main", &postgres);
+    compare_stored(&there, &postgres.oracle).assert_whole(3);
+    assert!(agent.sigterm(MINUTE).success(), "{}", agent.log_tail());
+}
+
 /// A server that honours conditions and one that enforces checksums, both at once, Zstandard: every segment comes back by
 /// `wal-fetch` from each as the server itself archived it.
 #[test]
