@@ -15,6 +15,7 @@ mod branch;
 mod catalog;
 mod compare;
 mod error;
+mod gaps;
 mod keys;
 mod lease;
 mod objects;

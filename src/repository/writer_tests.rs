@@ -226,6 +226,33 @@ async fn whatever_lies_under_the_name_is_a_conflict_and_stays() {
     }
 }
 
+/// One gap's record that cannot be read disabled list, restore and the upload, though its name says what is lost (I3).
+#[tokio::test]
+async fn a_gap_whose_record_is_damaged_is_told_by_its_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let writer = writer(folder.path()).await;
+    writer.put_segment(segment(3), &seal(segment(3), 0, &raw(1, 1 << 20), Compression::Lz4)).await.unwrap();
+    let two = TimelineId::new(2).unwrap();
+    let json = |from: u64| {
+        let (since, reason) = (time("2026-11-20T00:00:00Z"), "lost".into());
+        let (from_lsn, to_lsn) = (Lsn::new(from), Lsn::new(99));
+        Gap { format: FORMAT, system_identifier: SYSTEM, timeline: two, from_lsn, to_lsn, since, reason }.to_json()
+    };
+    let good = Bytes::from(json(1));
+    let newer = Bytes::from(String::from_utf8(json(1)).unwrap().replace("\"format\": 1", "\"format\": 7"));
+    let records = [(1, good.clone()), (2, good.slice(..20)), (3, Bytes::new()), (4, good), (5, newer)];
+    for (from, record) in &records {
+        let key = writer.archive().keys().gap(two, Lsn::new(*from), Lsn::new(99));
+        let body = Body::Bytes(record.clone());
+        writer.archive().store().put_new(&key, &body, crc32fast::hash(record)).await.unwrap();
+    }
+    let catalog = writer.archive().catalog().await.unwrap();
+    let told: Vec<u64> = catalog.gaps.iter().map(|gap| gap.from_lsn.get()).collect();
+    assert_eq!(told, [1, 2, 3, 4, 5]);
+    assert!(catalog.gaps.iter().all(|gap| gap.timeline == two && gap.to_lsn == Lsn::new(99)));
+    assert_eq!(catalog.complaint_count, 4, "{:?}", catalog.complaints);
+}
+
 #[tokio::test]
 async fn what_is_not_its_name_is_never_sent() {
     let folder = tempfile::tempdir().unwrap();
