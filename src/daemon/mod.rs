@@ -7,7 +7,7 @@ mod notify;
 mod observe;
 mod stores;
 
-pub use stores::{open_targets, postgres_settings};
+pub use stores::{open_targets, open_to_read, postgres_settings};
 
 use notify::ServiceManager;
 

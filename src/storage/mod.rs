@@ -9,6 +9,7 @@ mod local;
 mod retry;
 mod s3;
 mod source;
+mod unopened;
 
 use std::fmt;
 use std::path::PathBuf;
@@ -46,6 +47,11 @@ pub enum Body {
         prefix: Bytes,
         suffix: Bytes,
     },
+}
+
+/// In place of a store that cannot be opened: every call fails with `Settings` and says `why`.
+pub fn unopened(url: String, why: String) -> std::sync::Arc<dyn ObjectStore> {
+    std::sync::Arc::new(unopened::Unopened { url, why })
 }
 
 /// What a store says about an object.

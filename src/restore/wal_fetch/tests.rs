@@ -325,6 +325,20 @@ async fn without_a_plan_absence_is_proved_by_a_listing() {
     assert!(bench.fetch(None, "000000010000000000001000").await.is_err());
 }
 
+/// One repository whose certificates cannot be read kept every reader from all the others. It must not count as one that proves
+/// anything, either (I12).
+#[tokio::test]
+async fn a_repository_that_cannot_be_opened_hinders_no_other_and_proves_nothing() {
+    let mut bench = Bench::new().await;
+    bench.store(segment(1, 3), &raw(3, MIB as usize)).await;
+    let broken = crate::storage::unopened("s3://b".into(), "`ca_file` /etc/ca.pem: is not there".into());
+    bench.repositories.insert(0, Repository::new("broken", "main", broken).unwrap());
+    assert_eq!(bench.fetch(None, &segment(1, 3).to_string()).await.unwrap(), FetchOutcome::Delivered);
+    bench.delivered();
+    let error = bench.fetch(None, &segment(1, 4).to_string()).await.unwrap_err();
+    assert!(error.to_string().contains("ca_file"), "{error}");
+}
+
 #[tokio::test]
 async fn damage_and_outage_are_never_absence() {
     let bench = Bench::new().await;
