@@ -88,6 +88,8 @@ pub enum PostgresError {
     WalRemoved { source: Box<ServerMessage> },
     #[error("the server's WAL does not have the position or timeline that was asked for")]
     NotInHistory { source: Box<ServerMessage> },
+    #[error("the server gave the base backup up")]
+    BackupVoid { source: Box<ServerMessage> },
     #[error("pages of the database fail PostgreSQL's own checksums")]
     PagesDamaged { source: Box<ServerMessage> },
     #[error("the server is starting up or shutting down")]
@@ -140,6 +142,7 @@ impl PostgresError {
             | Self::SlotMissing { .. }
             | Self::SlotInUse { .. }
             | Self::SlotNotPhysical { .. }
+            | Self::BackupVoid { .. }
             | Self::PagesDamaged { .. }
             | Self::NotReady { .. }
             | Self::Disconnected { .. }
@@ -201,6 +204,9 @@ impl PostgresError {
             Self::NotInHistory { .. } => {
                 "the server is another branch of the cluster's history, or was rolled back: find out before anything else"
             }
+            Self::BackupVoid { .. } => {
+                "take it again; one from a standby needs full_page_writes = on on its primary, and ends when the standby is promoted"
+            }
             Self::PagesDamaged { .. } => {
                 "the server's log names the files; keep older backups, and repair the database before the next backup"
             }
@@ -231,6 +237,7 @@ impl PostgresError {
             | Self::SlotInvalidated { source, .. }
             | Self::WalRemoved { source }
             | Self::NotInHistory { source }
+            | Self::BackupVoid { source }
             | Self::PagesDamaged { source }
             | Self::NotReady { source }
             | Self::Refused { source, .. } => Some(source),
@@ -352,7 +359,10 @@ impl Asked<'_> {
             }
             (Self::Stream { slot: Some(slot) }, "55000") => E::SlotInvalidated { slot: slot.into(), source },
             (Self::ReadSlot { slot }, "55000" | "0A000") => E::SlotNotPhysical { slot: slot.into() },
-            (Self::CreateSlot | Self::BaseBackup, "55000") => E::WalLevel { source },
+            (Self::CreateSlot, "55000") => E::WalLevel { source },
+            // A standby that was promoted, or has replayed WAL of a primary without full_page_writes. That wal_level is too low cannot be
+            // said here: the server takes no replication connection then.
+            (Self::BaseBackup, "55000") => E::BackupVoid { source },
             // configuration_limit_exceeded
             (Self::CreateSlot, "53400") => E::TooManySlots { source },
             // "requested starting point … is ahead of the WAL flush position", "requested timeline … is not in this server's history":
@@ -393,5 +403,8 @@ mod tests {
         assert!(stream.classify(said("55000", "ReplicationSlotAcquire")).is_slot_lost());
         assert!(matches!(stream.classify(said("55000", "StartReplication")), PostgresError::SlotNotPhysical { .. }));
         assert!(matches!(Asked::CreateSlot.classify(said("55000", "x")), PostgresError::WalLevel { .. }));
+        // It was called a wal_level that is too low, to be cured by a restart of the server.
+        let void = Asked::BaseBackup.classify(said("55000", "do_pg_backup_stop"));
+        assert!(matches!(void, PostgresError::BackupVoid { .. }) && !void.hint().contains("wal_level"));
     }
 }
