@@ -13,7 +13,7 @@ use super::answer::{Row, optional_column, parse_error, parse_row, parsed_column,
 use super::error::Asked;
 use super::replication::{VERSION_15, timeline};
 use super::wire::{HEADER, unexpected};
-use super::{PostgresError, ReplicationConnection};
+use super::{PostgresError, ReplicationConnection, shown_duration};
 
 /// The server's bounds for MAX_RATE, in KiB/s.
 const RATE_MIN: u32 = 32;
@@ -21,6 +21,11 @@ const RATE_MAX: u32 = 1_048_576;
 
 /// A server that has begun to send and then says nothing for so long has hung; it makes no pauses of its own.
 const SILENCE_LIMIT: Duration = Duration::from_secs(600);
+/// From the command to the first file: a checkpoint at once, and a look at every file for the sizes. The server says nothing meanwhile, and
+/// with many files on slow disks this takes minutes.
+const BEGIN_LIMIT: Duration = Duration::from_secs(1800);
+/// The longest `checkpoint_timeout` that PostgreSQL takes.
+const CHECKPOINT_TIMEOUT_MAX: Duration = Duration::from_secs(86_400);
 
 /// How to take a backup. Always without waiting for the archiver (NOWAIT), with the tablespace map, with progress.
 #[derive(Clone, Debug)]
@@ -103,9 +108,27 @@ enum Front {
 
 impl BaseBackup {
     pub(super) async fn begin(
-        mut connection: ReplicationConnection,
+        connection: ReplicationConnection,
         options: &BackupOptions,
     ) -> Result<Self, PostgresError> {
+        Self::begin_within(connection, options, BEGIN_LIMIT).await
+    }
+
+    /// `limit`: with a checkpoint at once. A spread one adds its own time.
+    async fn begin_within(
+        mut connection: ReplicationConnection,
+        options: &BackupOptions,
+        limit: Duration,
+    ) -> Result<Self, PostgresError> {
+        let limit = match options.fast_checkpoint {
+            true => limit,
+            false => spread(limit, &connection.show("checkpoint_timeout").await?),
+        };
+        let begun = tokio::time::timeout(limit, Self::ask(connection, options)).await;
+        begun.unwrap_or(Err(PostgresError::Timeout { what: "BASE_BACKUP", limit }))
+    }
+
+    async fn ask(mut connection: ReplicationConnection, options: &BackupOptions) -> Result<Self, PostgresError> {
         let multiplexed = connection.server_version() >= VERSION_15;
         connection.wire.begin_command(&command(options, multiplexed)?).await?;
         let mut start = None;
@@ -336,6 +359,11 @@ impl BaseBackup {
             _ => Err(PostgresError::protocol("a message of the backup has an unknown type")),
         }
     }
+}
+
+/// One checkpoint that is running is waited for, and then ours is spread as far.
+fn spread(limit: Duration, checkpoint_timeout: &str) -> Duration {
+    limit + 2 * shown_duration(checkpoint_timeout).unwrap_or(CHECKPOINT_TIMEOUT_MAX).min(CHECKPOINT_TIMEOUT_MAX)
 }
 
 enum Typed {
