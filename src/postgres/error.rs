@@ -50,8 +50,9 @@ pub enum PostgresError {
     Connect { target: String, source: io::Error },
     #[error("PostgreSQL at {target} did not let us in within {} s", limit.as_secs_f64())]
     ConnectTimeout { target: String, limit: Duration },
-    #[error("none of the hosts {tried} can be used")]
-    NoHost { tried: String, source: Box<PostgresError> },
+    /// The source is the reason to act on; `others` has those of the other hosts, `whose` the host that the source does not name.
+    #[error("none of the hosts {tried} can be used ({others}){whose}")]
+    NoHost { tried: String, others: String, whose: String, source: Box<PostgresError> },
     #[error("PostgreSQL at {target} is not what target_session_attrs={wanted} asks for")]
     SessionAttributes { target: String, wanted: &'static str },
     #[error("PostgreSQL at {target} is version {version}; 13 or later is needed")]

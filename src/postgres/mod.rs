@@ -18,6 +18,7 @@ pub mod fuzzing;
 mod hosts;
 mod options;
 mod replication;
+mod search;
 mod secret;
 mod settings;
 mod shown;

@@ -3,7 +3,7 @@
 
 use std::fmt;
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -12,8 +12,8 @@ use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 
-use super::PostgresError;
-use super::hosts::{Host, Keepalive, Place};
+use super::hosts::Keepalive;
+use super::search::Address;
 use super::settings::AllowedMethods;
 use super::tls::{TlsFacts, TlsSocket};
 
@@ -90,41 +90,19 @@ impl Socket {
         }
     }
 
-    /// Connects to one host; of several addresses of a name the first that answers, in any order with `shuffle`. The caller bounds the
-    /// time.
-    pub(super) async fn connect(
-        host: &Host,
-        keepalive: Option<Keepalive>,
-        shuffle: bool,
-    ) -> Result<Self, PostgresError> {
-        let failed = |source| PostgresError::Connect { target: host.to_string(), source };
-        let mut addresses: Vec<SocketAddr> = match &host.place {
-            Place::Socket(_) | Place::DefaultSocket => {
-                let path = host.socket_path().unwrap_or_default();
-                return UnixStream::connect(path).await.map(Self::Unix).map_err(failed);
-            }
-            Place::Tcp { address: Some(address), .. } => vec![(*address, host.port).into()],
-            Place::Tcp { name, address: None } => {
-                tokio::net::lookup_host((name.as_str(), host.port)).await.map_err(failed)?.collect()
-            }
-        };
-        if shuffle {
-            addresses.sort_by_cached_key(|_| uuid::Uuid::new_v4());
-        }
-        let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
-        for address in addresses {
-            match TcpStream::connect(address).await {
-                Ok(stream) => {
-                    stream.set_nodelay(true).map_err(failed)?;
-                    if let Some(keepalive) = keepalive {
-                        set_keepalive(&stream, keepalive).map_err(failed)?;
-                    }
-                    return Ok(Self::Tcp(stream));
+    /// The caller bounds the time.
+    pub(super) async fn connect(address: &Address, keepalive: Option<Keepalive>) -> io::Result<Self> {
+        match address {
+            Address::Unix(path) => UnixStream::connect(path).await.map(Self::Unix),
+            Address::Tcp(address) => {
+                let stream = TcpStream::connect(address).await?;
+                stream.set_nodelay(true)?;
+                if let Some(keepalive) = keepalive {
+                    set_keepalive(&stream, keepalive)?;
                 }
-                Err(error) => last = error,
+                Ok(Self::Tcp(stream))
             }
         }
-        Err(failed(last))
     }
 }
 

@@ -17,6 +17,7 @@ use crate::wal::{Lsn, PgTime};
 use super::answer::text;
 use super::error::{Asked, ServerMessage};
 use super::hosts::Host;
+use super::search::{self, Address};
 use super::settings::{ConnectSettings, SessionAttributes};
 use super::socket::{BoundedFrames, NotAllowed, Socket};
 use super::tls::{self, Binding};
@@ -105,34 +106,25 @@ impl Sql {
     }
 
     async fn connect_as(settings: &ConnectSettings, wanted: SessionAttributes) -> Result<Self, PostgresError> {
-        let mut last = None;
-        for (_, host) in settings.order() {
-            let limit = settings.connect_timeout;
-            match tokio::time::timeout(limit, Self::connect_host(settings, host, wanted)).await {
-                Ok(Ok(sql)) => return Ok(sql),
-                Ok(Err(error)) => last = Some(error),
-                Err(_) => last = Some(PostgresError::ConnectTimeout { target: host.to_string(), limit }),
-            }
-        }
-        let error = last.unwrap_or_else(|| PostgresError::settings("no host is named"));
-        if settings.hosts.len() < 2 {
-            return Err(error);
-        }
-        Err(PostgresError::NoHost { tried: settings.targets().join(", "), source: Box::new(error) })
+        let attempt = |_, host: Host, address: Address| async move {
+            Self::connect_host(settings, &host, &address, wanted).await
+        };
+        search::first_host(settings, attempt).await
     }
 
     async fn connect_host(
         settings: &ConnectSettings,
         host: &Host,
+        address: &Address,
         wanted: SessionAttributes,
     ) -> Result<Self, PostgresError> {
         if let Some(database) = &settings.dbname {
-            return Self::connect_database(settings, host, database, wanted).await;
+            return Self::connect_database(settings, host, address, database, wanted).await;
         }
-        match Self::connect_database(settings, host, &settings.user, wanted).await {
+        match Self::connect_database(settings, host, address, &settings.user, wanted).await {
             // invalid_catalog_name: no such database
             Err(error) if error.sqlstate() == Some("3D000") => {
-                Self::connect_database(settings, host, "postgres", wanted).await
+                Self::connect_database(settings, host, address, "postgres", wanted).await
             }
             other => other,
         }
@@ -141,14 +133,15 @@ impl Sql {
     async fn connect_database(
         settings: &ConnectSettings,
         host: &Host,
+        address: &Address,
         database: &str,
         wanted: SessionAttributes,
     ) -> Result<Self, PostgresError> {
         let (reader, place, name) = (settings.clone(), host.clone(), database.to_owned());
         let read = tokio::task::spawn_blocking(move || reader.password_for(&place, &name));
         let password = read.await.map_err(|error| PostgresError::settings(error.to_string()))??;
-        let sql =
-            door::enter(settings, host, |socket| Self::log_in(socket, settings, host, database, &password)).await?;
+        let log_in = |socket| Self::log_in(socket, settings, host, database, &password);
+        let sql = door::enter(settings, host, address, log_in).await?;
         sql.prepare(wanted, &host.to_string()).await?;
         Ok(sql)
     }
