@@ -7,7 +7,6 @@ use tokio_util::sync::CancellationToken;
 
 use crate::archive::Streaming;
 use crate::config::{Durability, Settings};
-use crate::failure::NextStep;
 use crate::postgres::{ConnectSettings, PostgresError, ReplicationConnection, Sql, names_explicitly, names_standby};
 use crate::telemetry::{Board, CauseCode, SlotFacts};
 use crate::wal::Lsn;
@@ -15,7 +14,7 @@ use crate::wal::Lsn;
 /// A commit that still waits so long after its WAL was confirmed waits for something else.
 const COMMIT_SECONDS: f64 = 5.0;
 const INTERVAL: Duration = Duration::from_secs(2);
-/// How long the way without SQL is kept before SQL is tried again.
+/// The longest that the way without SQL is kept before SQL is tried again.
 const SQL_RETRY: Duration = Duration::from_secs(60);
 
 /// `streaming`: the host that WAL comes from. Of several it is the one to ask: what another one has flushed says nothing about what is
@@ -28,7 +27,8 @@ pub async fn observe(
     shutdown: CancellationToken,
 ) {
     let (sql, replication) = (None, None);
-    let mut observer = Observer { connect, streaming, host: None, settings, board, sql, replication, sql_after: None };
+    let without = WithoutSql::default();
+    let mut observer = Observer { connect, streaming, host: None, settings, board, sql, replication, without };
     let mut tick = tokio::time::interval(INTERVAL);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     // Where archiving was stopped nothing streams any more, and the slot grows all the same.
@@ -36,7 +36,11 @@ pub async fn observe(
     loop {
         tokio::select! {
             _ = tick.tick() => {}
-            changed = observer.streaming.changed(), if may_change => may_change = changed.is_ok(),
+            changed = observer.streaming.changed(), if may_change => {
+                may_change = changed.is_ok();
+                // The server has just let the stream in: what it said before does not count any more.
+                observer.without = WithoutSql::default();
+            }
             () = shutdown.cancelled() => return,
         }
         tokio::select! {
@@ -55,8 +59,46 @@ struct Observer {
     board: Board,
     sql: Option<Sql>,
     replication: Option<ReplicationConnection>,
-    /// SQL was refused: not tried again before this.
-    sql_after: Option<tokio::time::Instant>,
+    without: WithoutSql,
+}
+
+/// SQL did not work, and waits: a server that refuses it writes a line into its log for each try.
+#[derive(Default)]
+struct WithoutSql {
+    failures: u32,
+    /// Those in a row beside a replication connection that worked.
+    beside_replication: u32,
+    /// Not tried again before this.
+    after: Option<tokio::time::Instant>,
+}
+
+impl WithoutSql {
+    fn may_try(&self) -> bool {
+        self.after.is_none_or(|after| tokio::time::Instant::now() >= after)
+    }
+
+    fn failed(&mut self, is_there: bool) {
+        self.after = Some(tokio::time::Instant::now() + self.pause());
+        self.failures = self.failures.saturating_add(1);
+        self.beside_replication = if is_there { self.beside_replication.saturating_add(1) } else { 0 };
+    }
+
+    /// A little less than a multiple of `INTERVAL`, at which it is looked whether it is over.
+    fn pause(&self) -> Duration {
+        (INTERVAL / 2 * (1 << self.failures.min(8))).min(SQL_RETRY)
+    }
+}
+
+/// The server was not there to answer, which is `not_connected` and no matter of SQL, unless the replication connection gets through.
+fn is_away(error: &PostgresError) -> bool {
+    matches!(
+        error,
+        PostgresError::Connect { .. }
+            | PostgresError::ConnectTimeout { .. }
+            | PostgresError::Disconnected { .. }
+            | PostgresError::NotReady { .. }
+            | PostgresError::Timeout { .. }
+    )
 }
 
 impl Observer {
@@ -65,7 +107,7 @@ impl Observer {
         let streamed = self.streaming.borrow_and_update().map(|streaming| streaming.host);
         let host = if self.connect.targets().len() == 1 { Some(0) } else { streamed };
         if host != self.host {
-            (self.sql, self.replication, self.sql_after) = (None, None, None);
+            (self.sql, self.replication, self.without) = (None, None, WithoutSql::default());
             if self.host.is_some() {
                 self.board.forget_server();
             }
@@ -73,36 +115,44 @@ impl Observer {
         }
         let Some(host) = host else { return };
         let connect = self.connect.this_host(host);
-        if self.sql.is_none() && self.sql_after.is_none_or(|after| tokio::time::Instant::now() >= after) {
-            match Sql::connect(&connect).await {
-                Ok(sql) => {
-                    self.sql = Some(sql);
-                    self.replication = None;
-                    self.board.clear(CauseCode::NoSql);
-                }
-                Err(error) => self.without_sql(&error),
-            }
+        let by_sql = self.ask_by_sql(&connect).await;
+        if let Ok(true) = by_sql {
+            (self.replication, self.without) = (None, WithoutSql::default());
+            self.board.clear(CauseCode::NoSql);
+            return;
         }
-        let looked = match &self.sql {
-            Some(sql) => ask_sql(sql, &self.board, &self.settings).await,
-            None => self.ask_replication(&connect).await,
-        };
+        self.sql = None;
+        let looked = self.ask_replication(&connect).await;
+        if let Err(error) = by_sql {
+            self.without_sql(&error, looked.is_ok());
+        }
         if let Err(error) = looked {
             tracing::debug!(%error, "the server's position is not known");
             // What the slot looked like a while ago is not known to hold still.
             self.board.set_slot(None);
-            self.sql = None;
             self.replication = None;
         }
     }
 
-    /// SQL is optional: without it the slot is not known, and the replication connection tells the position.
-    fn without_sql(&mut self, error: &PostgresError) {
-        if error.is_auth() || error.next_step() == NextStep::Stop {
-            self.sql_after = Some(tokio::time::Instant::now() + SQL_RETRY);
-            let message = format!("{error}; slot figures are unknown; {}", error.hint());
+    /// `Ok(false)`: SQL is not to be tried yet.
+    async fn ask_by_sql(&mut self, connect: &ConnectSettings) -> Result<bool, PostgresError> {
+        let sql = match &mut self.sql {
+            Some(sql) => sql,
+            None if !self.without.may_try() => return Ok(false),
+            none => none.insert(Sql::connect(connect).await?),
+        };
+        ask_sql(sql, &self.board, &self.settings).await?;
+        Ok(true)
+    }
+
+    /// SQL is optional: without it the slot is not known, and the replication connection tells the position. `is_there`: that one works.
+    fn without_sql(&mut self, error: &PostgresError, is_there: bool) {
+        self.without.failed(is_there);
+        self.board.set_slot(None);
+        tracing::debug!(%error, "SQL does not work");
+        if !is_away(error) || self.without.beside_replication > 1 {
+            let message = format!("{}; slot figures are unknown; {}", super::backups::describe(error), error.hint());
             self.board.raise(CauseCode::NoSql, message);
-            self.board.set_slot(None);
         }
     }
 
@@ -204,5 +254,23 @@ mod tests {
         assert!(is_waited_for(Some("sync"), "walden", "walden") && is_waited_for(Some("quorum"), "*", "walden"));
         assert!(is_waited_for(Some("async"), "ANY 1 (a, walden)", "walden") && is_waited_for(None, "walden", "walden"));
         assert!(!is_waited_for(Some("potential"), "a, walden", "walden") && !is_waited_for(None, "a", "walden"));
+    }
+
+    #[test]
+    fn sql_that_is_refused_is_tried_less_and_less() {
+        let mut without = WithoutSql::default();
+        assert!(without.may_try());
+        let pauses: Vec<u64> = (0..9)
+            .map(|_| {
+                let pause = without.pause();
+                without.failed(true);
+                assert!(!without.may_try());
+                pause.as_secs()
+            })
+            .collect();
+        assert_eq!(pauses, [1, 2, 4, 8, 16, 32, 60, 60, 60]);
+        assert_eq!((without.failures, without.beside_replication), (9, 9));
+        without.failed(false);
+        assert_eq!(without.beside_replication, 0);
     }
 }
