@@ -12,7 +12,7 @@ use crate::wal::{Lsn, TimelineId};
 use super::answer::{Row, optional_column, parse_error, parse_row, parsed_column, text};
 use super::error::Asked;
 use super::replication::{VERSION_15, timeline};
-use super::wire::{HEADER, unexpected};
+use super::wire::{HEADER, LIMIT_READY, unexpected};
 use super::{PostgresError, ReplicationConnection, shown_duration};
 
 /// The server's bounds for MAX_RATE, in KiB/s.
@@ -26,6 +26,9 @@ const SILENCE_LIMIT: Duration = Duration::from_secs(600);
 const BEGIN_LIMIT: Duration = Duration::from_secs(1800);
 /// The longest `checkpoint_timeout` that PostgreSQL takes.
 const CHECKPOINT_TIMEOUT_MAX: Duration = Duration::from_secs(86_400);
+
+/// `MAXPGPATH` in `src/include/pg_config_manual.h`.
+const LOCATION_MAX: usize = 1024;
 
 /// How to take a backup. Always without waiting for the archiver (NOWAIT), with the tablespace map, with progress.
 #[derive(Clone, Debug)]
@@ -133,6 +136,7 @@ impl BaseBackup {
         connection.wire.begin_command(&command(options, multiplexed)?).await?;
         let mut start = None;
         let mut tablespaces = Vec::new();
+        let mut listed = 0;
         // Two result sets: where the backup starts, then the tablespaces. Then the first copy begins.
         let mut result_sets = 0;
         loop {
@@ -142,7 +146,8 @@ impl BaseBackup {
                     let row = parse_row(body)?;
                     start = Some((parsed_column(&row, 0, "the backup's start")?, timeline(&row, 1)?));
                 }
-                (b'D', body) if result_sets == 2 && tablespaces.len() < 65_536 => {
+                (b'D', body) if result_sets == 2 && listed + body.len() <= LIMIT_READY => {
+                    listed += body.len();
                     tablespaces.push(parse_tablespace(&parse_row(body)?)?);
                 }
                 (b'C', _) => {}
@@ -375,9 +380,13 @@ enum Typed {
 fn parse_tablespace(row: &Row) -> Result<Tablespace, PostgresError> {
     let has = |index: usize| row.get(index).is_some_and(Option::is_some);
     let kib: u64 = if has(2) { parsed_column(row, 2, "a tablespace's size")? } else { 0 };
+    let location = optional_column(row, 1, "a tablespace's location")?.map(str::to_owned);
+    if location.as_ref().is_some_and(|location| location.len() > LOCATION_MAX) {
+        return Err(PostgresError::protocol("a tablespace's location is too long"));
+    }
     Ok(Tablespace {
         oid: has(0).then(|| parsed_column(row, 0, "a tablespace's OID")).transpose()?,
-        location: optional_column(row, 1, "a tablespace's location")?.map(str::to_owned),
+        location,
         size_bytes: kib.saturating_mul(1024),
     })
 }

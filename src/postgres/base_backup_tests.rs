@@ -91,7 +91,11 @@ async fn both_protocols_give_the_same_events() {
 
 #[tokio::test]
 async fn a_backup_that_is_not_whole_or_not_in_order_is_refused() {
-    let scripts: [Vec<u8>; 9] = [
+    let tablespace = |place: &str| data_row(&[Some("16394"), Some(place), Some("10")]);
+    let begun = &head()[..head().len() - frame(b'C', b"SELECT\0").len()];
+    let scripts: [Vec<u8>; 11] = [
+        [begun, &tablespace(&"x".repeat(1025)), &tail()].concat(),
+        [begun, &tablespace(&"x".repeat(1000)).repeat(2200), &tail()].concat(),
         [head(), copy(&[b"nbase.tar\0\0", b"dx"]), tail()].concat(),
         [head(), copy(&[b"n16394.tar\0/mnt/t\0", b"nbase.tar\0\0"]), tail()].concat(),
         [head(), copy(&[b"dx"]), tail()].concat(),
