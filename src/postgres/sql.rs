@@ -30,6 +30,9 @@ const PREPARE: &str = "SET default_transaction_read_only = on; SET search_path =
                        SET statement_timeout = '10s'; SET lock_timeout = '5s'; SET idle_session_timeout = 0";
 const PREPARE_13: &str = "SET default_transaction_read_only = on; SET search_path = pg_catalog; \
                           SET statement_timeout = '10s'; SET lock_timeout = '5s'";
+/// A standby sends what it has replayed, and what it has received beyond. Without a WAL receiver, or since one has begun anew, the first
+/// of the two is more (`GetStandbyFlushRecPtr` in `src/backend/replication/walsender.c`). GREATEST passes over NULL.
+const HELD_BY_STANDBY: &str = "GREATEST(pg_catalog.pg_last_wal_receive_lsn(), pg_catalog.pg_last_wal_replay_lsn())";
 /// No answer here comes near it.
 const MESSAGE_MAX: u32 = 4 << 20;
 
@@ -248,27 +251,28 @@ impl Sql {
     }
 
     /// The server's clock, read first, then its flush position: every commit acknowledged before that time lies before the position.
-    /// On a standby the position is what it has received and flushed; `Lsn::ZERO` if it has received nothing yet.
+    /// On a standby the position is what it has replayed or received; `Lsn::ZERO` if that is nothing yet.
     pub async fn flush_position(&self) -> Result<(PgTime, Lsn), PostgresError> {
         // Two statements, since one does not promise the order in which it reads the two.
         let time: RawTime = self.value("SELECT pg_catalog.clock_timestamp()").await?;
-        let position: Option<PgLsn> = self
-            .value(
-                "SELECT CASE WHEN pg_catalog.pg_is_in_recovery() THEN pg_catalog.pg_last_wal_receive_lsn() \
-                 ELSE pg_catalog.pg_current_wal_flush_lsn() END",
-            )
-            .await?;
+        let query = format!(
+            "SELECT CASE WHEN pg_catalog.pg_is_in_recovery() THEN {HELD_BY_STANDBY} \
+             ELSE pg_catalog.pg_current_wal_flush_lsn() END"
+        );
+        let position: Option<PgLsn> = self.value(&query).await?;
         Ok((time.0, position.map_or(Lsn::ZERO, |position| Lsn::new(position.into()))))
     }
 
     /// `None`: there is no such slot.
     pub async fn slot(&self, name: &str) -> Result<Option<SlotInfo>, PostgresError> {
-        let query = "SELECT slot_type = 'physical', active, restart_lsn, wal_status, \
-             pg_catalog.pg_wal_lsn_diff(CASE WHEN pg_catalog.pg_is_in_recovery() \
-             THEN pg_catalog.pg_last_wal_receive_lsn() ELSE pg_catalog.pg_current_wal_lsn() END, restart_lsn)::int8, \
+        let query = format!(
+            "SELECT slot_type = 'physical', active, restart_lsn, wal_status, \
+             pg_catalog.pg_wal_lsn_diff(CASE WHEN pg_catalog.pg_is_in_recovery() THEN {HELD_BY_STANDBY} \
+             ELSE pg_catalog.pg_current_wal_lsn() END, restart_lsn)::int8, \
              active_pid, (SELECT application_name FROM pg_catalog.pg_stat_activity WHERE pid = active_pid) \
-             FROM pg_catalog.pg_replication_slots WHERE slot_name = $1::text::name";
-        let Some(row) = self.row(query, &[&name]).await? else { return Ok(None) };
+             FROM pg_catalog.pg_replication_slots WHERE slot_name = $1::text::name"
+        );
+        let Some(row) = self.row(&query, &[&name]).await? else { return Ok(None) };
         let restart: Option<PgLsn> = get(&row, 2)?;
         let retained: Option<i64> = get(&row, 4)?;
         Ok(Some(SlotInfo {

@@ -261,6 +261,26 @@ fn stream_from_a_standby(major: u32) {
     compare_stored(&folder, &primary.oracle).assert_whole(3);
 }
 
+/// A standby that has no WAL receiver, since it replays an archive, is a source like any other: its position is what it has replayed. It
+/// was no position, and the agent unhealthy for as long.
+#[test]
+fn a_standby_that_replays_an_archive_is_a_healthy_source() {
+    let stage = Stage::new("replays");
+    let (primary, mut standby) = pair(&stage, 17);
+    standby.stop_fast();
+    standby.overrides.retain(|setting| !setting.starts_with("primary_conninfo"));
+    standby.overrides.push(format!("restore_command=cp {}/%f %p", primary.oracle.display()));
+    standby.start();
+    let mut agent = archiving(&stage, &[&standby], "standby").run();
+    let mut ledger = Ledger::create(&primary);
+    ledger.commit_many(3);
+    archive_all(&primary, &mut agent);
+    wait_healthy_without_gap(&mut agent, 1);
+    let status = agent.wait_status(MINUTE, "the standby's position", |status| status["server_lsn"].is_string());
+    assert_eq!(standby.value("SELECT pg_last_wal_receive_lsn() IS NULL"), "t", "{status}");
+    assert!(agent.sigterm(MINUTE).success(), "{}", agent.log_tail());
+}
+
 /// What a database holds, in one number.
 fn content(server: &Postgres) -> Vec<String> {
     ["accounts", "tellers", "branches", "history"]
