@@ -23,8 +23,8 @@ use super::turn::Turn;
 use super::{ArchiveError, Halt, Missing};
 use crate::failure::NextStep;
 use crate::postgres::{
-    ConnectSettings, CreateOutcome, ReplicationConnection, SlotState, StartOutcome, WalStream, names_standby,
-    shown_duration,
+    ConnectSettings, CreateOutcome, PostgresError, ReplicationConnection, SlotState, StartOutcome, WalStream,
+    names_standby, shown_duration,
 };
 use crate::queue::QueueEntry;
 use crate::repository::{Archive, PieceChain};
@@ -180,7 +180,10 @@ impl Live {
             }
             ArchiveError::OtherBranch { .. } => self.board.raise(CauseCode::Diverged, message.clone()),
             ArchiveError::OtherCluster { .. } => self.board.raise(CauseCode::OtherCluster, message.clone()),
-            ArchiveError::NoSlot { .. } | ArchiveError::LogicalSlot { .. } => {
+            // Before PostgreSQL 15 only the start of the stream tells it.
+            ArchiveError::NoSlot { .. }
+            | ArchiveError::LogicalSlot { .. }
+            | ArchiveError::Postgres(PostgresError::SlotMissing { .. } | PostgresError::SlotNotPhysical { .. }) => {
                 self.board.raise(CauseCode::SlotMissing, message.clone());
             }
             ArchiveError::Disk(_) | ArchiveError::Spool(_) | ArchiveError::Queue(_) | ArchiveError::FetchAgain => {
