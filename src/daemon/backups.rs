@@ -45,9 +45,9 @@ impl WalWaiter for StoredWal {
         }
         for archive in &self.archives {
             loop {
-                match archive.archived_from(timeline, start, self.segment_size).await {
-                    Ok(archived) if archived.end >= stop => break,
-                    Ok(_) => {}
+                match archive.holds_wal(timeline, start, stop, self.segment_size).await {
+                    Ok(true) => break,
+                    Ok(false) => {}
                     // All is copied by now: a store that is away for a moment must not undo it. The caller's bound holds.
                     Err(error) if error.may_pass() => {
                         tracing::debug!(%error, "it is not known yet how far the WAL is archived");

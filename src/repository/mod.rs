@@ -21,6 +21,7 @@ mod objects;
 mod overlap;
 mod pieces;
 mod read;
+mod spanned;
 mod writer;
 
 /// What other rooms' tests make catalogs and objects from.
