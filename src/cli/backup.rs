@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::args::BackupArgs;
 use super::error::CliError;
-use super::output::{Output, size};
+use super::output::{Output, size, tell};
 use super::{contact, exit, http, run::watch_stop};
 use crate::archive::{ArchiveError, Archiver, Streaming, Target};
 use crate::base_backup::{self, BackupError, Progress, Stage};
@@ -32,8 +32,10 @@ pub fn run(settings: &Settings, output: &Output, args: &BackupArgs) -> Result<u8
         let shutdown = CancellationToken::new();
         watch_stop(shutdown.clone())?;
         let json = take(settings, output, args, shutdown).await?;
+        // The backup is there, and yet something is to be done: both are said.
+        let damaged = json.pages_damaged().map(|what| CliError::new(exit::FAILED, what, backups::PAGES_HINT));
         if output.is_json() {
-            output.document(&backup_document(&json)?)?;
+            output.document(&backup_document(&json, damaged.as_ref())?)?;
         } else {
             output.line(&format!(
                 "{}  timeline {}  {} to {}  {}, {} stored, {:.1} s",
@@ -46,17 +48,22 @@ pub fn run(settings: &Settings, output: &Output, args: &BackupArgs) -> Result<u8
                 json.duration_seconds
             ))?;
         }
-        match json.pages_damaged() {
+        match damaged {
             None => Ok(exit::DONE),
-            Some(what) => Err(CliError::new(exit::FAILED, what, backups::PAGES_HINT)),
+            Some(error) => {
+                tell(&error.to_string());
+                Ok(error.code)
+            }
         }
     })
 }
 
-fn backup_document(json: &BackupJson) -> Result<serde_json::Value, CliError> {
+/// One document, with `error` where the command fails although the backup exists.
+fn backup_document(json: &BackupJson, error: Option<&CliError>) -> Result<serde_json::Value, CliError> {
     let mut document = serde_json::to_value(json).map_err(|e| CliError::from_error(exit::FAILED, &e, ""))?;
     if let Some(fields) = document.as_object_mut() {
         fields.insert("schema".into(), 1.into());
+        fields.extend(error.map(|error| ("error".to_owned(), error.to_json()["error"].clone())));
     }
     Ok(document)
 }
