@@ -35,6 +35,9 @@ impl fmt::Display for ServerMessage {
 
 impl std::error::Error for ServerMessage {}
 
+/// A setting or a query, for which REPLICATION is not what is lacking.
+const ASKING: &str = "ask the server for this";
+
 /// Everything that can go wrong with one server, one variant for each thing that an operator acts on.
 #[derive(Debug, thiserror::Error)]
 pub enum PostgresError {
@@ -65,6 +68,8 @@ pub enum PostgresError {
     NoHbaLine { target: String, user: String, over: Transport, source: Box<ServerMessage> },
     #[error("PostgreSQL at {target} has no role \"{user}\" that may log in")]
     NoRole { target: String, user: String, source: Box<ServerMessage> },
+    #[error("PostgreSQL at {target} does not let user \"{user}\" into the database \"{database}\"")]
+    NoDatabase { target: String, user: String, database: String, source: Box<ServerMessage> },
     #[error("PostgreSQL at {target} asks for an authentication that cannot be done: {why}")]
     AuthenticationMethod { target: String, why: String },
     #[error("PostgreSQL at {target} did not prove that it knows the password: {why}")]
@@ -134,6 +139,7 @@ impl PostgresError {
             | Self::PasswordRefused { .. }
             | Self::NoHbaLine { .. }
             | Self::NoRole { .. }
+            | Self::NoDatabase { .. }
             | Self::AuthenticationMethod { .. }
             | Self::ServerNotProven { .. }
             | Self::Privilege { .. }
@@ -181,12 +187,16 @@ impl PostgresError {
                 "add a line such as `host replication USER ADDRESS scram-sha-256` (SQL: `host DATABASE …`) to pg_hba.conf and reload"
             }
             Self::NoRole { .. } => "on the server: CREATE ROLE walden LOGIN REPLICATION PASSWORD '…'",
+            Self::NoDatabase { .. } => {
+                "name a database that is there (dbname in postgres.url); on the server: GRANT CONNECT ON DATABASE … TO …"
+            }
             Self::AuthenticationMethod { .. } => {
                 "let pg_hba.conf ask this user for scram-sha-256, md5, password or trust, as require_auth and channel_binding allow"
             }
             Self::ServerNotProven { .. } => {
                 "make sure that host and port lead to your own server, and nobody in between"
             }
+            Self::Privilege { what: ASKING, .. } => "grant the role what the message names, or pg_monitor",
             Self::Privilege { .. } => "on the server: ALTER ROLE … REPLICATION LOGIN",
             Self::WalLevel { .. } => "set wal_level = replica (and max_wal_senders > 0) and restart the server",
             Self::TooManySlots { .. } => "raise max_replication_slots, or drop slots that nobody uses",
@@ -229,6 +239,7 @@ impl PostgresError {
             Self::PasswordRefused { source, .. }
             | Self::NoHbaLine { source, .. }
             | Self::NoRole { source, .. }
+            | Self::NoDatabase { source, .. }
             | Self::Privilege { source, .. }
             | Self::WalLevel { source }
             | Self::TooManySlots { source }
@@ -279,6 +290,7 @@ impl PostgresError {
             | Self::PasswordRefused { .. }
             | Self::NoHbaLine { .. }
             | Self::NoRole { .. }
+            | Self::NoDatabase { .. }
             | Self::AuthenticationMethod { .. }
             | Self::ServerNotProven { .. }
             | Self::Privilege { .. } => true,
@@ -290,9 +302,19 @@ impl PostgresError {
 /// What was asked when the server answered with an error. SQLSTATE and the command decide, not the text, which may be translated.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Asked<'a> {
-    Startup { target: &'a str, user: &'a str, over: Transport },
-    Stream { slot: Option<&'a str> },
-    ReadSlot { slot: &'a str },
+    /// `database`: for SQL.
+    Startup {
+        target: &'a str,
+        user: &'a str,
+        over: Transport,
+        database: Option<&'a str>,
+    },
+    Stream {
+        slot: Option<&'a str>,
+    },
+    ReadSlot {
+        slot: &'a str,
+    },
     CreateSlot,
     BaseBackup,
     Other(&'static str),
@@ -330,13 +352,17 @@ impl Asked<'_> {
                 E::PasswordRefused { target: target.into(), user: user.into(), source }
             }
             // invalid_authorization_specification
-            (Self::Startup { target, user, over }, "28000") => {
+            (Self::Startup { target, user, over, .. }, "28000") => {
                 let (target, user) = (target.to_owned(), user.to_owned());
                 match source.routine.as_deref() {
                     Some("InitializeSessionUserId") => E::NoRole { target, user, source },
                     // No line, a reject line, or peer, ident or cert whose mapping does not fit.
                     _ => E::NoHbaLine { target, user, over, source },
                 }
+            }
+            // invalid_catalog_name, insufficient_privilege: CONNECT is lacking
+            (Self::Startup { target, user, database: Some(database), .. }, "3D000" | "42501") => {
+                E::NoDatabase { target: target.into(), user: user.into(), database: database.into(), source }
             }
             // insufficient_privilege
             (Self::Startup { .. }, "42501") => E::Privilege { what: "open a replication connection", source },
@@ -345,7 +371,7 @@ impl Asked<'_> {
                 E::Privilege { what: "use replication slots", source }
             }
             (Self::BaseBackup, "42501") => E::Privilege { what: "take a base backup", source },
-            (Self::Other(_), "42501") => E::Privilege { what: "ask the server for this", source },
+            (Self::Other(_), "42501") => E::Privilege { what: ASKING, source },
             // undefined_object
             (Self::Stream { slot: Some(slot) } | Self::ReadSlot { slot }, "42704") => {
                 E::SlotMissing { slot: slot.into(), source }
@@ -390,11 +416,18 @@ mod tests {
 
     #[test]
     fn the_state_and_the_command_choose_the_error_not_the_text() {
-        let startup = Asked::Startup { target: "h:1", user: "u", over: Transport::Tls };
+        let startup = Asked::Startup { target: "h:1", user: "u", over: Transport::Tls, database: None };
         assert!(matches!(startup.classify(said("28P01", "auth_failed")), PostgresError::PasswordRefused { .. }));
         assert!(matches!(startup.classify(said("28000", "ClientAuthentication")), PostgresError::NoHbaLine { .. }));
         assert!(matches!(startup.classify(said("28000", "InitializeSessionUserId")), PostgresError::NoRole { .. }));
         assert!(matches!(startup.classify(said("42501", "InitPostgres")), PostgresError::Privilege { .. }));
+        // It was told as a role without REPLICATION.
+        let sql = Asked::Startup { target: "h:1", user: "u", over: Transport::Tls, database: Some("d") };
+        for state in ["42501", "3D000"] {
+            let error = sql.classify(said(state, "InitPostgres"));
+            assert!(matches!(error, PostgresError::NoDatabase { .. }) && error.hint().contains("GRANT CONNECT"));
+            assert_eq!(error.sqlstate(), Some(state));
+        }
         assert!(matches!(startup.classify(said("53300", "InitWalSender")), PostgresError::TooManyConnections { .. }));
         assert!(matches!(startup.classify(said("57P03", "x")), PostgresError::NotReady { .. }));
         let stream = Asked::Stream { slot: Some("s") };

@@ -178,7 +178,8 @@ impl Sql {
         if let Some(password) = password {
             config.password(password.expose());
         }
-        let asked = Asked::Startup { target: &target, user: &settings.user, over: socket.transport() };
+        let (user, over) = (settings.user.as_str(), socket.transport());
+        let asked = Asked::Startup { target: &target, user, over, database: Some(database) };
         let socket = BoundedFrames::new(socket, MESSAGE_MAX, settings.allowed);
         let (client, connection) = config.connect_raw(socket, Encrypted).await.map_err(|source| {
             let why = source.source().map(ToString::to_string).unwrap_or_default();

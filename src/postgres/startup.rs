@@ -68,7 +68,7 @@ async fn log_in_over(socket: Socket, settings: &ConnectSettings, host: &Host) ->
 }
 
 fn refused(target: &str, settings: &ConnectSettings, over: Transport, body: &[u8]) -> PostgresError {
-    Asked::Startup { target, user: &settings.user, over }.classify(super::answer::parse_error(body))
+    Asked::Startup { target, user: &settings.user, over, database: None }.classify(super::answer::parse_error(body))
 }
 
 struct Authentication<'a> {
