@@ -19,6 +19,8 @@ use crate::wal::SystemIdentifier;
 const SENDER_TIMEOUT_MIN: Duration = Duration::from_secs(3);
 /// The stream and a base backup beside it.
 const SENDERS_NEEDED: u64 = 2;
+/// Without SQL the agent asks for the server's position over a replication connection, which it keeps.
+const SENDERS_NEEDED_WITHOUT_SQL: u64 = 3;
 
 /// What the other checks need to know of the server.
 #[derive(Debug, Default)]
@@ -135,7 +137,10 @@ async fn ask(
     let needed = if agent.is_running { SENDERS_NEEDED - 1 } else { SENDERS_NEEDED };
     // This connection is one of those counted, and is given back.
     let places = told.places.map(|places| ReplicationPlaces { senders: places.senders.saturating_sub(1), ..places });
-    report.checks.extend(places.map(|places| senders(places, needed)));
+    report.add(match places {
+        Some(places) => senders(places, needed),
+        None => senders_without_sql(&connection.show("max_wal_senders").await?),
+    });
     let state = Some(connection.read_slot(&settings.postgres.slot).await?);
     let system = seen.system;
     report.add(slot::judge(settings, &slot::Seen { state, info: told.slot, places: told.places, agent, system }));
@@ -220,6 +225,22 @@ fn senders(places: ReplicationPlaces, needed: u64) -> Check {
     )
 }
 
+/// How many are in use is not known then.
+fn senders_without_sql(shown: &str) -> Check {
+    const NAME: &str = "max_wal_senders";
+    let needed = SENDERS_NEEDED_WITHOUT_SQL;
+    match shown.parse::<u64>() {
+        Ok(most) if most < needed => Check::failed(
+            NAME,
+            format!(
+                "{most}; without SQL {needed} are needed: the stream, the question for the server's position, and a base backup"
+            ),
+            "raise max_wal_senders and restart the server, or let the role open ordinary connections",
+        ),
+        _ => Check::good(NAME, format!("{shown}; without SQL it is not known how many of them are in use")),
+    }
+}
+
 fn sender_timeout(shown: &str, status_interval: Duration) -> Check {
     const NAME: &str = "wal_sender_timeout";
     let Some(timeout) = shown_duration(shown) else { return Check::good(NAME, shown) };
@@ -257,6 +278,15 @@ mod tests {
         assert_eq!(senders(places(9, 10), 2).verdict, Verdict::Failed);
         assert_eq!(senders(places(9, 10), 1).verdict, Verdict::Good);
         assert_eq!(senders(places(0, 0), 2).verdict, Verdict::Failed);
+    }
+
+    #[test]
+    fn without_sql_a_third_sender_is_needed() {
+        for (shown, verdict) in
+            [("10", Verdict::Good), ("3", Verdict::Good), ("2", Verdict::Failed), ("", Verdict::Good)]
+        {
+            assert_eq!(senders_without_sql(shown).verdict, verdict, "{shown}");
+        }
     }
 
     #[test]
