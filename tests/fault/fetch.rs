@@ -58,6 +58,9 @@ fn wal_fetch_answers_one_only_when_absence_is_proven() {
         let (code, said) = fetch(&arguments);
         assert_eq!(code, Some(255), "{arguments:?}: {said}");
         assert!(!said.trim().is_empty(), "{arguments:?} says nothing");
+        let done = walden.exec(&[vec!["--json"], arguments.clone()].concat());
+        let document: serde_json::Value = serde_json::from_str(&done.stdout).unwrap_or_default();
+        assert!(done.code == Some(255) && document["error"]["code"] == 255, "{arguments:?}: {done:?}");
     }
     let program = |arguments: &[&str], environment: &[(&str, &str)]| {
         let mut command = stage.command(walden.binary());
