@@ -10,7 +10,7 @@ use std::time::Duration;
 use crate::wal::{Lsn, TimelineId};
 
 use super::answer::{Row, optional_column, parse_error, parse_row, parsed_column, text};
-use super::error::Asked;
+use super::asked::Asked;
 use super::replication::{VERSION_15, timeline};
 use super::wire::{HEADER, LIMIT_READY, unexpected};
 use super::{PostgresError, ReplicationConnection, shown_duration};

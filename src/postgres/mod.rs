@@ -7,6 +7,7 @@
 //! Not here: what the WAL says (`wal`), where it is kept, when to connect again.
 
 mod answer;
+mod asked;
 mod base_backup;
 mod conninfo;
 mod control_file;

@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::wal::{Lsn, SegmentSize, SystemIdentifier, TimelineId};
 
 use super::answer::{Row, column, optional_column, parsed_column};
-use super::error::Asked;
+use super::asked::Asked;
 use super::hosts::Host;
 use super::search::{self, Address};
 use super::settings::{ConnectSettings, SessionAttributes};

@@ -15,13 +15,13 @@ use tokio_postgres::{Client, Row};
 use crate::wal::{Lsn, PgTime};
 
 use super::answer::text;
-use super::error::{Asked, ServerMessage};
+use super::asked::Asked;
 use super::hosts::Host;
 use super::search::{self, Address};
 use super::settings::{ConnectSettings, SessionAttributes};
 use super::socket::{BoundedFrames, NotAllowed, Socket};
 use super::tls::{self, Binding};
-use super::{PostgresError, Secret, SlotState, door};
+use super::{PostgresError, Secret, ServerMessage, SlotState, door};
 
 /// For one statement; the server is told less, so that it gives up first.
 const STATEMENT_LIMIT: Duration = Duration::from_secs(15);

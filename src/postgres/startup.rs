@@ -7,8 +7,8 @@ use postgres_protocol::authentication::md5_hash;
 use postgres_protocol::authentication::sasl::{ChannelBinding, SCRAM_SHA_256, SCRAM_SHA_256_PLUS, ScramSha256};
 use postgres_protocol::message::frontend;
 
+use super::asked::Asked;
 use super::door;
-use super::error::Asked;
 use super::hosts::Host;
 use super::search::Address;
 use super::settings::ConnectSettings;

@@ -15,7 +15,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::PostgresError;
 use super::answer::{Row, parse_error, parse_row, text};
-use super::error::Asked;
+use super::asked::Asked;
 use super::socket::Socket;
 
 /// 128 KiB stay in the second-level cache between the kernel's copy and the use of the bytes.
