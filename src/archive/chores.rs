@@ -57,6 +57,7 @@ impl Uploader {
         if !archive.gaps(self.segment_size).await?.is_empty() {
             show_gaps(&self.board, &archive.catalog().await?);
         }
+        self.board.set_gaps_known();
         if let Some(before) = from.get().checked_sub(self.segment_size.get()) {
             let before = SegmentName::holding(timeline, Lsn::new(before), self.segment_size);
             for compression in [Compression::Lz4, Compression::Zstd] {

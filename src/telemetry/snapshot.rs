@@ -26,6 +26,8 @@ pub struct Snapshot {
     pub distance: Distance,
     pub diverged: Option<Lsn>,
     pub gaps: Vec<GapFact>,
+    /// Before a repository was asked, there may be more.
+    pub gaps_known: bool,
     pub slot_name: String,
     pub slot: SlotFacts,
     /// Segments and bytes that wait for an upload.
