@@ -210,7 +210,7 @@ impl Archiver {
             halt: halt.clone(),
             shutdown,
             held_remotely: None,
-            histories_spooled: HashSet::new(),
+            histories_spooled: BTreeMap::new(),
             missing,
             way: Way::Overlapping,
             host: 0,

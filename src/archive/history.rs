@@ -35,14 +35,10 @@ impl Live {
                 _ => tracing::debug!(%timeline, "the stored history file is not known"),
             }
         }
-        if let Some(other) = held.into_iter().flatten().find(|other| other != content) {
-            let at = match (TimelineHistory::parse(timeline, content), TimelineHistory::parse(timeline, &other)) {
-                (Ok(ours), Ok(theirs)) => parting(&ours, &theirs),
-                _ => Lsn::ZERO,
-            };
-            return Err(ArchiveError::OtherHistory { timeline: timeline.get(), at });
+        match held.into_iter().flatten().find(|other| other != content) {
+            Some(other) => Err(other_history(timeline, content, &other)),
+            None => Ok(()),
         }
-        Ok(())
     }
 
     /// The same for a timeline of the server and all before it, storing nothing.
@@ -101,22 +97,35 @@ impl Live {
         let Some(chain) = self.history(connection, last).await? else { return Ok(()) };
         let mut answering: Vec<Archive> = self.archives.iter().map(|(archive, _)| archive.clone()).collect();
         for timeline in timelines_of(&chain) {
-            if self.histories_spooled.contains(&timeline) {
-                continue;
-            }
-            match connection.timeline_history(timeline).await? {
-                Some(content) => {
+            // Asked for each time: the next server that is reached may have another one under the same number.
+            let content = connection.timeline_history(timeline).await?;
+            match (content, self.histories_spooled.get(&timeline)) {
+                (Some(content), Some(spooled)) if content != *spooled => {
+                    return Err(other_history(timeline, &content, spooled));
+                }
+                (_, Some(_)) => {}
+                (Some(content), None) => {
                     self.refuse_other_history(timeline, &content, &mut answering).await?;
                     let name = self.spool.write_small(Spool::history(timeline), &content)?;
                     self.backlog.insert(&[small_entry(&name, &content)]);
-                    self.histories_spooled.insert(timeline);
+                    self.histories_spooled.insert(timeline, content);
                 }
                 // The newest one has the whole chain.
-                None => tracing::info!(%timeline, streaming = %first, "the server no longer has this history file"),
+                (None, None) => {
+                    tracing::info!(%timeline, streaming = %first, "the server no longer has this history file")
+                }
             }
         }
         Ok(())
     }
+}
+
+fn other_history(timeline: TimelineId, ours: &[u8], theirs: &[u8]) -> ArchiveError {
+    let at = match (TimelineHistory::parse(timeline, ours), TimelineHistory::parse(timeline, theirs)) {
+        (Ok(ours), Ok(theirs)) => parting(&ours, &theirs),
+        _ => Lsn::ZERO,
+    };
+    ArchiveError::OtherHistory { timeline: timeline.get(), at }
 }
 
 /// Those with a history file, oldest first.

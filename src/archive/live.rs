@@ -1,6 +1,6 @@
 //! Connects, finds where to go on, streams, and begins again: the supervisor of the live loop, on the live path's own thread.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -92,7 +92,8 @@ pub struct Live {
     pub shutdown: CancellationToken,
     /// What a repository holds beyond the spool, when that was found out.
     pub held_remotely: Option<Held>,
-    pub histories_spooled: HashSet<TimelineId>,
+    /// History files that this process has spooled, as the server sent them.
+    pub histories_spooled: BTreeMap<TimelineId, Vec<u8>>,
     pub missing: Missing,
     pub way: Way,
     /// Which of the settings' hosts was reached last.

@@ -74,7 +74,7 @@ impl Live {
         if info.timeline == held.timeline {
             // A part that was closed by a switch is not gone on with by the server that was left behind; one that was closed because
             // WAL behind it was lost is built again, if the server has it after all.
-            let left_behind = held.closed && self.histories_spooled.iter().any(|newer| *newer > held.timeline);
+            let left_behind = held.closed && self.histories_spooled.keys().any(|newer| *newer > held.timeline);
             if left_behind {
                 return Err(ArchiveError::Behind { server: info.flush_lsn, held: held.end });
             }

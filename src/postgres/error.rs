@@ -118,10 +118,12 @@ impl PostgresError {
         match self {
             Self::Settings { .. } | Self::UnsupportedOption { .. } => NextStep::Stop,
             Self::NoHost { source, .. } => source.next_step(),
-            // The server no longer has these bytes, or never had them: asking again cannot help, somebody must decide.
-            Self::WalRemoved { .. } | Self::SlotInvalidated { .. } | Self::NotInHistory { .. } => NextStep::Stop,
+            // The server no longer has these bytes: asking again cannot help, somebody must decide.
+            Self::WalRemoved { .. } | Self::SlotInvalidated { .. } => NextStep::Stop,
+            // It may have been promoted since it was asked who it is: what it says then decides.
+            Self::NotInHistory { .. }
             // Certificates are renewed, and read anew each time.
-            Self::Tls { .. }
+            | Self::Tls { .. }
             | Self::PasswordFile { .. }
             | Self::Connect { .. }
             | Self::ConnectTimeout { .. }
@@ -393,5 +395,8 @@ mod tests {
         assert!(stream.classify(said("55000", "ReplicationSlotAcquire")).is_slot_lost());
         assert!(matches!(stream.classify(said("55000", "StartReplication")), PostgresError::SlotNotPhysical { .. }));
         assert!(matches!(Asked::CreateSlot.classify(said("55000", "x")), PostgresError::WalLevel { .. }));
+        // A promotion between two commands, which halted the agent for good.
+        let promoted = stream.classify(said("XX000", "StartReplication"));
+        assert!(matches!(promoted, PostgresError::NotInHistory { .. }) && promoted.next_step() == NextStep::Retry);
     }
 }
