@@ -75,6 +75,27 @@ impl Live {
         None
     }
 
+    /// All that the spool and the repositories have, of those repositories that answer.
+    pub(super) async fn stored_histories(&self) -> Vec<TimelineHistory> {
+        let mut histories = Vec::new();
+        for (name, _) in self.spool.contents(self.segment_size).map(|contents| contents.sealed).unwrap_or_default() {
+            if name.relative.ends_with(".history")
+                && let Ok(content) = std::fs::read(self.spool.path_of(&name))
+            {
+                histories.extend(TimelineHistory::parse(name.timeline, &content));
+            }
+        }
+        for (archive, _) in &self.archives {
+            let asked = archive.clone();
+            let asked = self.stores.spawn(async move { asked.catalog().await });
+            match tokio::time::timeout(ASK_LIMIT, asked).await {
+                Ok(Ok(Ok(catalog))) => histories.extend(catalog.timelines.into_values().filter_map(|wal| wal.history)),
+                _ => tracing::debug!("the stored history files are not known"),
+            }
+        }
+        histories
+    }
+
     pub(super) async fn history(
         &self,
         connection: &mut ReplicationConnection,

@@ -333,9 +333,10 @@ impl Receiver<'_> {
     /// The position that the server is told; zero, which leaves the slot as it is, until WAL has come and what is held was found
     /// equal: before that it may be another server, or one that no longer has the WAL, whose slot must not be moved back.
     ///
-    /// On a segment boundary it is held back by a page, so that the server keeps the sealed segment for the overlap at the next
-    /// connection (I7); a page of the next segment releases it. So does a server that asks again and again at its end: it shuts
-    /// down, and waits until everything is confirmed (`WalSndDone` in `walsender.c`). And so does one whose commits wait for us.
+    /// In the first page of a segment it is held back by a page, so that the server keeps the sealed segment for the overlap at the
+    /// next connection (I7). So little of a segment may be the same in two histories. A server that asks again and again at its end
+    /// releases it: it shuts down, and waits until everything is confirmed (`WalSndDone` in `walsender.c`). And so does one whose
+    /// commits wait for us.
     fn reported(&mut self) -> Lsn {
         if self.held.is_some() || self.assembler.position() == self.begun_at {
             return Lsn::ZERO;
@@ -354,8 +355,8 @@ impl Receiver<'_> {
             return Lsn::ZERO;
         }
         let held_back = Lsn::new(durable.get().saturating_sub(PAGE_SIZE as u64));
-        let hold_back =
-            self.segment_size.is_boundary(durable) && held_back >= self.begun_at && self.asked_at_end < SHUTS_DOWN;
+        let is_first_page = self.segment_size.offset_of(durable) < PAGE_SIZE as u64;
+        let hold_back = is_first_page && held_back >= self.begun_at && self.asked_at_end < SHUTS_DOWN;
         if hold_back && !is_waited_for { held_back.max(slot_segment) } else { durable }
     }
 
