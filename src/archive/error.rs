@@ -59,6 +59,8 @@ pub enum ArchiveError {
     OtherCluster { found: SystemIdentifier, expected: SystemIdentifier },
     #[error("slot \"{name}\" does not exist and postgres.create_slot is false")]
     NoSlot { name: String },
+    #[error("slot \"{name}\" does not keep the WAL that is needed ({why}), and postgres.create_slot is false")]
+    SlotUseless { name: String, why: String },
     #[error("slot \"{name}\" is a logical one")]
     LogicalSlot { name: String },
     #[error("{url} does not honour conditional writes, so another writer could not be noticed")]
@@ -110,9 +112,8 @@ impl ArchiveError {
             | Self::Unadopted { .. }
             | Self::Jump { .. } => NextStep::Retry,
             // A standby that has not caught up is waited for.
-            Self::Behind { .. } | Self::OlderTimeline { .. } | Self::NoSlot { .. } | Self::LogicalSlot { .. } => {
-                NextStep::Retry
-            }
+            Self::Behind { .. } | Self::OlderTimeline { .. } => NextStep::Retry,
+            Self::NoSlot { .. } | Self::SlotUseless { .. } | Self::LogicalSlot { .. } => NextStep::Retry,
             Self::Remove { .. } | Self::Read { .. } | Self::NotThere { .. } | Self::Stopping | Self::Wal(_) => {
                 NextStep::Retry
             }
@@ -157,6 +158,9 @@ impl ArchiveError {
             }
             Self::NoSlot { .. } => {
                 "create it with pg_create_physical_replication_slot(name, true), or set postgres.create_slot = true"
+            }
+            Self::SlotUseless { .. } => {
+                "drop it with pg_drop_replication_slot(name), create it anew with pg_create_physical_replication_slot(name, true), and take a base backup if a gap is told then"
             }
             Self::LogicalSlot { .. } => "choose another postgres.slot",
             Self::NoConditions { .. } => {

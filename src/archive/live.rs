@@ -17,6 +17,7 @@ use super::held::{
 use super::hosts::Streaming;
 use super::receiver::{Receiver, SessionEnd};
 use super::sealer::{DiskSide, SpoolBounds};
+use super::slot::KEPT_NOTHING;
 use super::start::Start;
 use super::tail::Tail;
 use super::turn::Turn;
@@ -184,6 +185,7 @@ impl Live {
             ArchiveError::NoSlot { .. } | ArchiveError::LogicalSlot { .. } => {
                 self.board.raise(CauseCode::SlotMissing, message.clone());
             }
+            ArchiveError::SlotUseless { .. } => self.board.raise(CauseCode::SlotLost, message.clone()),
             ArchiveError::Disk(_) | ArchiveError::Spool(_) | ArchiveError::Queue(_) | ArchiveError::FetchAgain => {
                 self.board.raise(CauseCode::SpoolFailing, message.clone());
             }
@@ -238,10 +240,12 @@ impl Live {
         let names = connection.show("synchronous_standby_names").await?;
         // Until SQL tells the standby's state: a commit may wait already.
         self.board.set_waited_for(names_standby(&names, &self.settings.application_name));
-        let slot = self.ensure_slot(&mut connection).await?;
-        self.slot_at = slot.unwrap_or(Lsn::ZERO);
+        let (slot, is_anew) = self.reserve(&mut connection).await?;
         self.wal.send_replace(Some(assembler_settings.clone()));
         let held = self.held().await?;
+        if is_anew && held.is_some() {
+            self.board.raise(CauseCode::SlotLost, self.made_anew(KEPT_NOTHING));
+        }
         let start = match held {
             None => self.first_start(&mut connection, &info, slot).await?,
             Some(held) => self.next_start(&mut connection, &info, held, &assembler_settings).await?,
@@ -332,7 +336,7 @@ impl Live {
         }
     }
 
-    /// The slot comes before anything else, with its WAL reserved, so that nothing can be removed while the rest is found out.
+    /// Made if it is not there. `None`: where it stands is not known, or it reserves nothing.
     pub(super) async fn ensure_slot(
         &self,
         connection: &mut ReplicationConnection,

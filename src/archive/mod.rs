@@ -30,6 +30,7 @@ mod predecessors;
 mod receiver;
 mod sealer;
 mod ship;
+mod slot;
 mod start;
 mod tail;
 mod tenure;

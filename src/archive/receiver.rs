@@ -324,6 +324,9 @@ impl Receiver<'_> {
         // What the server is told is shown as well, and not later.
         self.board.set_durable(self.disk.state.borrow().durable);
         let reported = self.reported();
+        if !reported.is_zero() {
+            self.board.settle_slot();
+        }
         // A server that does not read must not hold this loop for ever.
         let sent =
             tokio::time::timeout(self.status_interval * 2, self.stream.send_status(reported, reported, reply)).await;
