@@ -118,6 +118,8 @@ impl Backups {
         let mut not_before = tokio::time::Instant::now();
         let mut seen = Seen { course: self.board.course(), backups: None };
         let mut look_after = tokio::time::Instant::now() + NAMES_POLL;
+        // How many gaps were known when the last backup of this agent began: that is the answer to them, and one is enough.
+        let mut answered = None;
         loop {
             tokio::select! {
                 () = tokio::time::sleep(DUE_POLL) => {}
@@ -139,14 +141,15 @@ impl Backups {
                 .and_then(|schedule| schedule.next_after(last_look))
                 .is_some_and(|at| at <= now);
             last_look = now;
-            wanted |= due || (settings.initial && self.board.is_raised(CauseCode::Gap));
+            let (_, gaps) = self.board.course();
+            wanted |= due || (settings.initial && self.board.is_raised(CauseCode::Gap) && answered != Some(gaps));
             // Without a stream the WAL of a backup would not come.
             if !wanted || tokio::time::Instant::now() < not_before || self.board.is_raised(CauseCode::NotConnected) {
                 continue;
             }
             match self.take(&settings).await {
                 Ok(_) => {
-                    wanted = false;
+                    (wanted, answered) = (false, Some(gaps));
                     backoff.reset();
                     if self.look_at_repositories().await.is_none() {
                         return;
@@ -168,21 +171,11 @@ impl Backups {
         let streamed = *self.streaming.borrow();
         let connect = streamed.map_or(self.connect.clone(), |streaming| self.connect.this_host(streaming.host));
         let request = request(&self.settings, backup, connect, self.archives.clone(), None, &self.board);
-        let gap_before = self.board.is_raised(CauseCode::Gap);
-        let unproven_before = self.board.is_raised(CauseCode::ContinuityUnproven);
         tracing::info!(event = "backup_begun", "base backup begins");
         let json = base_backup::take(request, &wal, Arc::new(|_: Progress| {}), self.shutdown.child_token()).await?;
         let seconds = (json.duration_seconds * 10.0).round() / 10.0;
         tracing::info!(event = "backup_ended", id = %json.id, bytes = json.size_bytes, seconds, "base backup is complete");
         self.board.backup_succeeded(facts(&json));
-        // Every moment from here on can be restored again; the gap itself stays in the lists.
-        if gap_before {
-            self.board.clear(CauseCode::Gap);
-            self.board.clear(CauseCode::SlotLost);
-        }
-        if unproven_before {
-            self.board.clear(CauseCode::ContinuityUnproven);
-        }
         Ok(json)
     }
 
@@ -242,6 +235,12 @@ impl Backups {
         }
         // The window that reaches the present is the one that ends last on the timeline that is archived now.
         let newest = self.board.course().0.or(catalog.current_timeline());
+        if let Some(branch) = newest.and_then(|timeline| catalog.history(timeline)) {
+            // Every moment behind a backup can be restored whatever was lost before it, whoever took it; the gap itself stays in the
+            // lists.
+            self.board.settle_gaps(|gap| catalog.is_past(&branch, gap.timeline, (gap.from_lsn, gap.to_lsn)));
+            self.board.settle_unproven(|at| catalog.begins_behind(&branch, at));
+        }
         let windows = catalog.windows();
         let present =
             windows.iter().filter(|window| Some(window.timeline) == newest).max_by_key(|window| window.to_lsn);

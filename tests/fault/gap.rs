@@ -95,6 +95,12 @@ fn wal_that_is_gone_is_a_recorded_gap() {
         assert_eq!(status["gaps"].as_array().map(Vec::len), Some(1), "{status}");
         archive_all(&postgres, &mut agent);
         assert_eq!(files_below(&folder.join("gaps")).len(), 1);
+        if major == 18 {
+            // A backup that somebody else takes ends the alarm too; the gap stays in the lists.
+            walden.ok(&["backup"]);
+            let status = agent.wait_status(Duration::from_secs(30), "healthy", |status| status["healthy"] == true);
+            assert_eq!(status["gaps"].as_array().map(Vec::len), Some(1), "{status}");
+        }
     }
 }
 
