@@ -12,6 +12,7 @@ mod configure;
 mod directory;
 mod error;
 mod fetch;
+mod frozen;
 #[doc(hidden)]
 pub mod fuzzing;
 mod manifest;
@@ -27,6 +28,7 @@ mod target;
 mod target_time;
 mod volume;
 mod wal_fetch;
+mod windows;
 
 pub use configure::{
     ArchiveMode, CommandLine, ConfigSource, Configuration, configuration_lines, settings, written_files,
@@ -36,8 +38,9 @@ pub use fetch::{FetchProgress, RestoreOptions, Restored, TablespaceMap, check_pl
 pub use plan::{RecoveryStop, target_settings};
 pub use plan_file::{PLAN_FILE, PlanFile};
 pub use quoting::{config_quoted, restore_command_path, shell_quoted};
-pub use resolve::{Plan, plan, windows};
+pub use resolve::{Plan, plan};
 pub use start::{StartOptions, check_can_start, start};
 pub use target::{Request, Target, TargetAction};
 pub use target_time::parse_target_time;
 pub use wal_fetch::{FetchOutcome, FetchRequest, wal_fetch};
+pub use windows::windows;

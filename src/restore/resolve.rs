@@ -1,25 +1,15 @@
 //! Makes a plan: reads the archive's headers, searches the cut, and checks everything that the restore will need.
 
-use std::collections::BTreeMap;
-
-use futures_util::{StreamExt, TryStreamExt, stream};
-
 use super::error::RestoreError;
-use super::plan::{self, NeededTail, NeededWal, RecoveryStop, TimeKnowledge, Unreachable};
-use super::plan_file::{PlanFile, PlannedHistory, PlannedPiece, PlannedRun, PlannedTail};
+use super::frozen::{check_parts, freeze, histories};
+use super::plan::{self, NeededWal, RecoveryStop, TimeKnowledge, Unreachable};
+use super::plan_file::{PlanFile, PlannedRun};
 use super::search::{Cut, Search, SearchError, SearchTarget, Stop};
 use super::source::{ArchiveSource, held_wal};
 use super::target::{Request, Target};
-use crate::repository::{
-    Archive, BackupJson, Catalog, Repository, RepositoryError, Stretch, WalObject, WalObjectKind, Window,
-};
-use crate::seal::{ObjectHeader, combine_crc32};
-use crate::wal::{CommitMark, Lsn, PgTime, SegmentSize, SystemIdentifier, TimelineHistory, TimelineId};
-
-/// Objects looked at from the end of a stretch for the last checkpoint's time.
-const LAST_HEADERS: u64 = 8;
-/// Requests at the same time.
-const REQUESTS: usize = 8;
+use super::windows::{complete_until, windows};
+use crate::repository::{Archive, BackupJson, Catalog, Repository, RepositoryError, Stretch, WalObject};
+use crate::wal::{CommitMark, Lsn, SegmentSize, SystemIdentifier, TimelineHistory, TimelineId};
 
 /// Everything that a restore will do, resolved and checked.
 #[derive(Clone, Debug)]
@@ -354,62 +344,6 @@ async fn through(archive: &Archive, stretch: &Stretch, cut: &Cut) -> Result<Lsn,
     Ok(record)
 }
 
-/// Until when every acknowledged commit is known to be held in `stretch`, by the archive's own words:
-///
-/// - the highest commit time and the last checkpoint's time in its last headers: a checkpoint's time is taken when it begins, so what was
-///   committed before lies before its record (`CreateCheckPoint` in `src/backend/access/transam/xlog.c`);
-/// - `coverage.json`, if the WAL through the position that it names is really there, on this branch.
-async fn complete_until(
-    archive: &Archive,
-    catalog: &Catalog,
-    branch: &TimelineHistory,
-    stretch: &Stretch,
-) -> Result<Option<PgTime>, RestoreError> {
-    let mut until = None;
-    let count = stretch.object_count();
-    for index in (count.saturating_sub(LAST_HEADERS)..count).rev() {
-        let Some(object) = stretch.object(index) else { break };
-        // What lies behind a switch is another history's.
-        if object.valid_until < object.end() {
-            continue;
-        }
-        let header = archive.header(&object).await?;
-        until = until.max(header.summary.max_time).max(header.summary.checkpoint.map(|checkpoint| checkpoint.time));
-        if header.summary.checkpoint.is_some() {
-            break;
-        }
-    }
-    Ok(until.max(covered_until(catalog, branch, stretch)))
-}
-
-/// What `coverage.json` says, as far as it can be believed.
-fn covered_until(catalog: &Catalog, branch: &TimelineHistory, stretch: &Stretch) -> Option<PgTime> {
-    let coverage = catalog.coverage.as_ref()?;
-    let (begin, end) = branch.range_of(coverage.timeline)?;
-    let on_branch = begin <= coverage.archived_lsn && end.is_none_or(|end| coverage.archived_lsn <= end);
-    let held = stretch.start() <= coverage.archived_lsn && coverage.archived_lsn <= stretch.end();
-    (on_branch && held).then_some(coverage.complete_until)
-}
-
-/// The windows with their times, for lists and refusals. A header that cannot be read leaves its time open.
-pub async fn windows(archive: &Archive, catalog: &Catalog) -> Result<Vec<Window>, RestoreError> {
-    let mut windows = catalog.windows();
-    for window in &mut windows {
-        let Some(branch) = catalog.history(window.timeline) else { continue };
-        let stretches = catalog.stretches(&branch);
-        let Some(stretch) = stretches.iter().find(|stretch| stretch.end() == window.to_lsn) else { continue };
-        match complete_until(archive, catalog, &branch, stretch).await {
-            Ok(until) => window.to_time = until,
-            Err(error) => tracing::warn!(%error, "the end of a window cannot be placed in time"),
-        }
-        // A backup that nothing was written after: all that is known of its moment is the earlier of the two.
-        if let (Some(from), Some(to)) = (window.from_time, window.to_time) {
-            window.from_time = Some(from.min(to));
-        }
-    }
-    Ok(windows)
-}
-
 async fn finish(
     archive: &Archive,
     branch: &TimelineHistory,
@@ -469,87 +403,3 @@ async fn finish(
         file,
     })
 }
-
-/// Every part of the backup is there with its length, and its checksum where the store tells one.
-async fn check_parts(archive: &Archive, backup: &BackupJson) -> Result<(), RestoreError> {
-    let prefix = archive.keys().backup_prefix(&backup.id);
-    let listed = archive.list(&prefix, None).await?;
-    let listed: BTreeMap<&str, _> = listed.iter().map(|object| (object.key.as_str(), object)).collect();
-    for part in backup.volumes.iter().chain(&backup.manifest) {
-        let key = archive.keys().backup_object(&backup.id, &part.key);
-        let why = match listed.get(key.as_str()) {
-            None => format!("{} is missing", part.key),
-            Some(object) if object.size != part.stored_bytes => {
-                format!("{} has {} bytes instead of {}", part.key, object.size, part.stored_bytes)
-            }
-            Some(_) => continue,
-        };
-        return Err(RestoreError::DamagedBackup { backup: backup.id.to_string(), why });
-    }
-    Ok(())
-}
-
-/// Reads the headers of a tail's pieces, proves that they follow each other, and writes down what they are now.
-async fn freeze(archive: &Archive, tail: &NeededTail) -> Result<PlannedTail, RestoreError> {
-    let objects: Vec<WalObject> = tail
-        .pieces
-        .iter()
-        .map(|piece| WalObject {
-            segment: piece.segment,
-            kind: WalObjectKind::Piece { start: piece.start, end: piece.end },
-            compression: piece.compression,
-            valid_until: piece.end_lsn(),
-        })
-        .collect();
-    archive.check_overlaps(tail.segment).await?;
-    let headers: Vec<ObjectHeader> =
-        stream::iter(&objects).map(|object| archive.header(object)).buffered(REQUESTS).try_collect().await?;
-    let mut end = 0;
-    let mut raw_crc32 = 0;
-    let mut pieces = Vec::new();
-    for (piece, header) in tail.pieces.iter().zip(&headers) {
-        // Only pieces that meet exactly can be joined by their checksums; those that overlap were compared byte by byte.
-        if u64::from(piece.start) == end {
-            if header.prefix_crc32 != raw_crc32 {
-                let why = format!(
-                    "the piece at {} of {} was written behind other bytes than the ones that are stored before it",
-                    piece.start_lsn(),
-                    piece.segment
-                );
-                return Err(RestoreError::DamagedWal { why });
-            }
-            raw_crc32 = combine_crc32(raw_crc32, header.raw_crc32, header.raw_size);
-        } else {
-            raw_crc32 = archive.prefix_crc32(&tail.pieces, piece.end).await?;
-        }
-        end = u64::from(piece.end);
-        pieces.push(PlannedPiece {
-            start: piece.start,
-            end: piece.end,
-            compression: piece.compression,
-            raw_crc32: header.raw_crc32,
-        });
-    }
-    Ok(PlannedTail { segment: tail.segment.to_string(), end, raw_crc32, pieces })
-}
-
-/// The stored histories of the branch, oldest first, with their checksums.
-async fn histories(archive: &Archive, branch: &TimelineHistory) -> Result<Vec<PlannedHistory>, RestoreError> {
-    let mut histories = Vec::new();
-    let chain = branch.ancestors().iter().map(|ancestor| ancestor.timeline).chain([branch.timeline()]);
-    for timeline in chain.filter(|timeline| *timeline != TimelineId::FIRST) {
-        // Ancestors' files may be missing: the newest one has the whole chain.
-        if let Some(bytes) = archive.history(timeline).await? {
-            histories.push(PlannedHistory {
-                timeline,
-                size: bytes.len() as u64, // usize fits
-                crc32: crc32fast::hash(&bytes),
-            });
-        }
-    }
-    Ok(histories)
-}
-
-#[cfg(test)]
-#[path = "resolve_tests.rs"]
-mod tests;
