@@ -300,6 +300,7 @@ async fn search_stretch<'a>(
             exclusive: *exclusive,
             complete_until: complete_until(archive, catalog, branch, stretch).await?,
             max_time_before,
+            witness: holds_commit_before(archive, stretch, first).await?,
         }),
         _ => None,
     };
@@ -324,6 +325,19 @@ fn object_before(stretches: &[Stretch], index: usize, first: u64) -> Option<WalO
     }
     let before = stretches[..index].last()?;
     before.object(before.object_count().checked_sub(1)?)
+}
+
+/// Whether a commit is held in the stretch before its object `first`. The highest time of the object before does not tell it alone,
+/// since it goes on over a hole, and nobody knows what was committed in there.
+async fn holds_commit_before(archive: &Archive, stretch: &Stretch, first: u64) -> Result<bool, RestoreError> {
+    let last = first.checked_sub(1).and_then(|before| stretch.object(before));
+    let (Some(begin), Some(last)) = (stretch.object(0), last) else { return Ok(false) };
+    // What lies behind a switch is another history's.
+    if begin.valid_until < begin.end() || last.valid_until < last.end() {
+        return Ok(false);
+    }
+    let begin = archive.header(&begin).await?.summary;
+    Ok(begin.max_time_here.is_some() || archive.header(&last).await?.summary.max_time > begin.max_time)
 }
 
 /// The last byte that PostgreSQL must read to stop where it should: the end of the record of the cut, also of one left out, since it is
