@@ -16,6 +16,7 @@ mod frozen;
 #[doc(hidden)]
 pub mod fuzzing;
 mod manifest;
+mod places;
 mod plan;
 mod plan_file;
 mod quoting;
@@ -34,7 +35,8 @@ pub use configure::{
     ArchiveMode, CommandLine, ConfigSource, Configuration, configuration_lines, settings, written_files,
 };
 pub use error::{RestoreError, repository_exit_code};
-pub use fetch::{FetchProgress, RestoreOptions, Restored, TablespaceMap, check_places, refuse_occupied, restore};
+pub use fetch::{FetchProgress, RestoreOptions, Restored, check_places, restore};
+pub use places::{TablespaceMap, refuse_occupied};
 pub use plan::{RecoveryStop, target_settings};
 pub use plan_file::{PLAN_FILE, PlanFile};
 pub use quoting::{config_quoted, restore_command_path, shell_quoted};
