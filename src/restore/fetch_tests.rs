@@ -219,6 +219,32 @@ async fn what_stands_in_the_way_is_refused_or_renamed_but_never_deleted() {
     assert!(bench.startable());
 }
 
+/// A copy was restored beside its running original with `--force`, for a directory of its own that was not empty: the original's
+/// tablespace, which has no `postmaster.pid`, was renamed and filled, and both servers wrote to it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn force_renames_a_tablespace_only_of_the_server_that_is_replaced() {
+    let files = files(&control());
+    let bench = Bench::new(&borrowed(&files), &[]).await;
+    let options = RestoreOptions { tablespaces: Vec::new(), force: true, ..bench.options() };
+    let (old, data) = (bench.folder.path().join("old"), bench.folder.path().join("data"));
+    std::fs::create_dir_all(old.join("PG_17_1")).unwrap();
+    std::fs::write(old.join("PG_17_1/1"), "the original's").unwrap();
+    std::fs::create_dir_all(data.join("pg_tblspc")).unwrap();
+    std::fs::write(data.join("PG_VERSION"), "17\n").unwrap();
+    let elsewhere = bench.folder.path().join("elsewhere");
+    std::os::unix::fs::symlink(&elsewhere, data.join("pg_tblspc/16384")).unwrap();
+    let error = bench.restore(&options).await.unwrap_err();
+    assert!(matches!(error, RestoreError::Refused { .. }) && error.exit_code() == 4, "{error}");
+    assert_eq!(bench.read("old/PG_17_1/1"), "the original's");
+    assert_eq!(bench.read("data/PG_VERSION"), "17\n");
+    // The server in the directory has it: both are renamed.
+    std::os::unix::fs::symlink(&old, data.join("pg_tblspc/20000")).unwrap();
+    let restored = bench.restore(&options).await.unwrap();
+    assert_eq!(restored.renamed.len(), 2, "{:?}", restored.renamed);
+    assert_eq!(bench.read("old/PG_17_1/5/1"), "elsewhere");
+    assert!(!old.join("PG_17_1/1").exists());
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_wrong_map_is_refused_before_anything_is_written() {
     let files = files(&control());

@@ -65,8 +65,10 @@ impl Places {
                 hint: "give the data directory and each tablespace a directory of its own (`--tablespace-map OLD=NEW`)",
             });
         }
-        for path in places.all() {
-            refuse_occupied(path, options.force)?;
+        refuse_occupied(&places.pgdata, options.force)?;
+        for place in places.tablespaces.values() {
+            refuse_foreign_tablespace(place, &places.pgdata)?;
+            refuse_occupied(place, options.force)?;
         }
         Ok(places)
     }
@@ -150,6 +152,31 @@ fn tablespace_places(
         places.insert(tablespace.oid, place.clone());
     }
     Ok(places)
+}
+
+/// A tablespace's directory has no `postmaster.pid`: whose it is can be told only by the links to it. One that is not empty is renamed
+/// only with the data directory that leads to it; any other server may be running on it.
+fn refuse_foreign_tablespace(place: &Path, pgdata: &Path) -> Result<(), RestoreError> {
+    if is_empty(place)? {
+        return Ok(());
+    }
+    let real = |path: &Path| path.canonicalize().ok();
+    let links: Vec<PathBuf> = match std::fs::read_dir(pgdata.join("pg_tblspc")) {
+        Ok(entries) => entries.filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok()).collect(),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
+        Err(source) => return Err(RestoreError::Io { what: "read", path: pgdata.join("pg_tblspc"), source }),
+    };
+    if links.iter().any(|target| target == place || real(target).is_some_and(|target| Some(target) == real(place))) {
+        return Ok(());
+    }
+    Err(RestoreError::Refused {
+        what: format!(
+            "the tablespace's directory {} is not empty, and it is not one of the server in {}",
+            place.display(),
+            pgdata.display()
+        ),
+        hint: "give the tablespace another directory (`--tablespace-map OLD=NEW`), or move that one away yourself once no server uses it",
+    })
 }
 
 /// Refuses a directory in which a server lives. A `postmaster.pid` of a process that is gone is only part of a non-empty directory.

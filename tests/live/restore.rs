@@ -294,6 +294,13 @@ fn tablespaces_go_where_the_map_says() {
         // Where the old place is not empty, restoring over it is refused.
         let busy = stage.join("not-made").to_string_lossy().into_owned();
         assert_eq!(walden.exec(&["restore", "--pgdata", &busy]).code, Some(4));
+        // It is the running original's, so that `--force` for a directory of its own does not take it away either.
+        let in_the_way = stage.make_dir("in-the-way").to_string_lossy().into_owned();
+        stage.write("in-the-way/file", "mine");
+        let refused = walden.exec(&["restore", "--pgdata", &in_the_way, "--force"]);
+        assert_eq!(refused.code, Some(4), "{}", refused.stderr);
+        assert!(refused.stderr.contains("--tablespace-map"), "{}", refused.stderr);
+        assert!(stage.join("in-the-way/file").exists(), "it was renamed");
         let restored = restore(&walden, major, "restored", &["--tablespace-map", &map]);
         assert_eq!(restored.value("SELECT count(*) FROM placed"), "1500");
         assert_eq!(
