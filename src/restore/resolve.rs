@@ -5,7 +5,7 @@ use super::frozen::{check_parts, freeze, histories};
 use super::plan::{self, NeededWal, RecoveryStop, TimeKnowledge, Unreachable};
 use super::plan_file::{PlanFile, PlannedRun};
 use super::search::{Cut, Search, SearchError, SearchTarget, Stop};
-use super::source::{ArchiveSource, held_wal};
+use super::source::{ArchiveSource, held_wal, searched_from};
 use super::target::{Request, Target};
 use super::windows::{complete_until, windows};
 use crate::repository::{Archive, BackupJson, Catalog, Repository, RepositoryError, Stretch, WalObject};
@@ -285,7 +285,7 @@ async fn search_stretch<'a>(
 ) -> Result<(Resolved<'a>, Lsn), Failure> {
     let stretch = &stretches[index];
     let source = ArchiveSource::new(archive);
-    let first = stretch.index_of(from).unwrap_or(0);
+    let first = stretch.index_of(searched_from(stretch, from)).unwrap_or(0);
     let before = object_before(stretches, index, first);
     let max_time_before = match before {
         Some(object) => archive.header(&object).await?.summary.max_time,

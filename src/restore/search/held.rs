@@ -61,8 +61,10 @@ impl<'a, S: WalSource<K>, K: Send + Sync> Held<'a, S, K> {
         system_identifier: SystemIdentifier,
         items: Vec<HeldWal<K>>,
     ) -> Result<Self, SearchError<S::Error>> {
-        if items.is_empty() {
-            return Err(SearchError::NothingHeld);
+        let Some(first) = items.first() else { return Err(SearchError::NothingHeld) };
+        // What begins in the middle of a page could be read from the next one on only, and a record before that would not be seen.
+        if !first.object.start.get().is_multiple_of(PAGE_SIZE as u64) {
+            return Err(SearchError::NotContiguous { at: first.object.start });
         }
         for item in &items {
             let (object, counts) = (&item.object, &item.counts);
@@ -186,8 +188,8 @@ impl<'a, S: WalSource<K>, K: Send + Sync> Held<'a, S, K> {
             index -= 1;
         }
         if self.items[index].object.start > position {
-            // What lies before is not held, so the first whole page is the first that can be read.
-            position = Lsn::new(self.items[index].object.start.get().next_multiple_of(page));
+            // What lies before is not held. The first object begins with a page.
+            position = self.items[index].object.start;
         }
         let mut scanner = RecordScanner::new(ScanStart {
             timeline: self.items[index].timeline,

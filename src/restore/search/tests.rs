@@ -299,17 +299,23 @@ fn an_end_at_a_page_border_is_also_named_by_where_the_next_record_would_start() 
     assert!(find(&objects, &items, &lsn_target(wal.position() + 25)).is_err());
 }
 
+/// The search began at the first whole page of such a piece, and did not see what was committed before (E6, I5).
 #[test]
-fn a_range_may_begin_with_a_piece_in_the_middle_of_a_page() {
-    let wal = history(9);
+fn a_range_does_not_begin_in_the_middle_of_a_page() {
+    let mut wal = history(9);
+    wal.filler(0, 9000);
+    let cut = wal.position();
+    assert_ne!(cut % 8192, 0);
+    let commits: Vec<Lsn> = (0..20).map(|number| wal.commit(70_000 + number, 5_000_000 + i64::from(number))).collect();
+    wal.filler(0, 60_000);
     let mut objects = Store::default();
-    let end = wal.position();
-    let items = store(&mut objects, &wal, &[end - 60_001, end - 5000], &[]);
-    let tail = &items[items.len() - 2..];
-    let all = records(&wal);
-    assert_eq!(find(&objects, tail, &SearchTarget::Latest).unwrap().stop, expected_at_end(&all).stop);
-    let lsn = all.iter().find(|record| record.lsn.get() > end - 40_000).unwrap().lsn;
-    assert_eq!(find(&objects, tail, &lsn_target(lsn.get())).unwrap().stop.lsn(), lsn);
+    let items = store(&mut objects, &wal, &[cut, wal.position() - 5000], &[]);
+    let at = items.iter().position(|item| item.object.start == Lsn::new(cut)).unwrap();
+    let target = SearchTarget::Time { time: time(5_000_000), exclusive: false };
+    assert_eq!(find(&objects, &items, &target).unwrap().stop, Stop::Before(commits[1]));
+    let size = SegmentSize::new(MIB).unwrap();
+    let refused = Search::new(&objects, size, SystemIdentifier::new(SYSTEM), items[at..].to_vec(), None).err().unwrap();
+    assert!(matches!(refused, SearchError::NotContiguous { at } if at == Lsn::new(cut)), "{refused}");
 }
 
 #[test]
