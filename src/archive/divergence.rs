@@ -214,7 +214,8 @@ impl Live {
         let Some(before) = position.get().checked_sub(self.segment_size.get()) else { return (None, None) };
         let segment = SegmentName::holding(timeline, Lsn::new(before), self.segment_size);
         let Ok(held) = self.held_segment(segment, &[]).await else { return (None, None) };
-        let header = match held.parts.first() {
+        // Where it is held in pieces, the last one knows of all.
+        let header = match held.parts.last() {
             Some(HeldPart::Spooled { name, .. }) => self.spool.read_header(name, self.system).ok(),
             Some(HeldPart::Stored { object, archive, .. }) => {
                 let (object, archive) = (*object, archive.clone());

@@ -85,7 +85,7 @@ impl Live {
             if let Some(segment) = self.missing.first(held.timeline).filter(|segment| segment.end() <= held.sealed_end)
             {
                 tracing::warn!(%segment, "fetching a lost segment again");
-                return Ok(self.start_at_missing(segment, held));
+                return Ok(self.start_at_missing(segment, held).await);
             }
             return Ok(self.start_after(held));
         }
@@ -213,7 +213,9 @@ impl Live {
     }
 
     /// A held segment was lost from the spool. It is built again; what follows it is compared, and is there already.
-    fn start_at_missing(&self, segment: SegmentName, held: Held) -> Start {
+    async fn start_at_missing(&self, segment: SegmentName, held: Held) -> Start {
+        // Readers search by the highest commit time so far, which must not fall along a branch.
+        let (max_time, _) = self.before(held.timeline, segment.start()).await;
         Start {
             timeline: held.timeline,
             position: segment.start(),
@@ -221,7 +223,7 @@ impl Live {
             sealed_until: segment.start(),
             held_end: held.end,
             parts: held.parts.into_iter().filter(|part| part.start() >= segment.end()).collect(),
-            max_time: None,
+            max_time,
             open_record: None,
         }
     }

@@ -5,6 +5,8 @@ use std::os::unix::fs::{FileExt, symlink};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use walden::seal::ObjectHeader;
+
 use super::store::{open, shut};
 use crate::live::streaming::{archive_all, pieces_of_open_segment};
 use crate::support::oracle::{cluster_folder, compare_stored, files_below, stored_segments};
@@ -119,6 +121,10 @@ fn damaged_spooled_segments_are_fetched_again_or_told_as_a_gap() {
             agent.wait_status(MINUTE, "healthy", |status| status["healthy"] == true);
             archive_all(&postgres, &mut agent);
             compare_stored(&folder, &postgres.oracle).assert_whole(6);
+            // One that came once more, with no commit in it, knows of those before it: a time is searched by that.
+            let header = |path: &PathBuf| ObjectHeader::parse(&fs::read(path).expect("it is there")).expect("a header");
+            let highest: Vec<_> = stored_segments(&folder).values().map(|path| header(path).summary.max_time).collect();
+            assert!(highest.last().is_some_and(Option::is_some) && highest.is_sorted(), "{highest:?}");
         } else {
             let status = agent.wait_status(MINUTE, "both gaps", |status| {
                 has_cause(status, "gap") && status["gaps"].as_array().is_some_and(|gaps| gaps.len() == 2)
