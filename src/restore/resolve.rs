@@ -142,6 +142,7 @@ impl From<SearchError<RepositoryError>> for Failure {
 
 /// What was decided so far.
 struct Resolved<'a> {
+    search: Search<'a, ArchiveSource<'a>, WalObject>,
     stretch: &'a Stretch,
     backup: &'a BackupJson,
     stop: RecoveryStop,
@@ -168,9 +169,10 @@ async fn resolve(archive: &Archive, catalog: &Catalog, request: &Request) -> Res
     }
     let branch = plan::choose_branch(catalog, request)?;
     let stretches = catalog.stretches(&branch);
+    let source = ArchiveSource::new(archive);
     let resolved = match &request.target {
-        Target::Immediate => immediate(archive, catalog, &branch, &stretches, request).await?,
-        _ => searched(archive, catalog, &branch, &stretches, request).await?,
+        Target::Immediate => immediate(&source, catalog, &branch, &stretches, request).await?,
+        _ => searched(&source, catalog, &branch, &stretches, request).await?,
     };
     let action = plan::check_action(resolved.stop, request.action);
     action.map_err(|why| Failure::Unreachable(why, "give `--action promote`"))?;
@@ -185,7 +187,7 @@ async fn resolve(archive: &Archive, catalog: &Catalog, request: &Request) -> Res
 
 /// The first moment at which a backup is consistent: before the first record from its stop LSN on, or behind the last one.
 async fn immediate<'a>(
-    archive: &'a Archive,
+    source: &'a ArchiveSource<'a>,
     catalog: &'a Catalog,
     branch: &'a TimelineHistory,
     stretches: &'a [Stretch],
@@ -194,7 +196,7 @@ async fn immediate<'a>(
     let (choice, index) = plan::choose_immediate(catalog, branch, stretches, request.backup.as_ref())?;
     let target = SearchTarget::Lsn { lsn: choice.backup.stop_lsn, exclusive: true };
     let (at, backups) = ((stretches, index), [choice.backup]);
-    let (found, _) = search_stretch(archive, catalog, branch, at, &backups, choice.backup.start_lsn, &target).await?;
+    let (found, _) = search_stretch(source, catalog, branch, at, &backups, choice.backup.start_lsn, &target).await?;
     let stop = match found.stop {
         RecoveryStop::Lsn { inclusive: false, .. } => choice.stop,
         behind_the_last => behind_the_last,
@@ -204,7 +206,7 @@ async fn immediate<'a>(
 
 /// Searches the stretches that a backup reaches, the newest first.
 async fn searched<'a>(
-    archive: &'a Archive,
+    source: &'a ArchiveSource<'a>,
     catalog: &'a Catalog,
     branch: &'a TimelineHistory,
     stretches: &'a [Stretch],
@@ -223,7 +225,7 @@ async fn searched<'a>(
             }
             continue;
         };
-        let outcome = search_stretch(archive, catalog, branch, (stretches, index), &backups, from, &target).await;
+        let outcome = search_stretch(source, catalog, branch, (stretches, index), &backups, from, &target).await;
         match outcome {
             Ok((resolved, at)) => {
                 found.push((resolved, at));
@@ -275,7 +277,7 @@ fn search_target(request: &Request) -> SearchTarget {
 }
 
 async fn search_stretch<'a>(
-    archive: &Archive,
+    source: &'a ArchiveSource<'a>,
     catalog: &Catalog,
     branch: &TimelineHistory,
     (stretches, index): (&'a [Stretch], usize),
@@ -283,8 +285,7 @@ async fn search_stretch<'a>(
     from: Lsn,
     target: &SearchTarget,
 ) -> Result<(Resolved<'a>, Lsn), Failure> {
-    let stretch = &stretches[index];
-    let source = ArchiveSource::new(archive);
+    let (archive, stretch) = (source.archive(), &stretches[index]);
     let first = stretch.index_of(searched_from(stretch, from)).unwrap_or(0);
     let before = object_before(stretches, index, first);
     let max_time_before = match before {
@@ -292,8 +293,8 @@ async fn search_stretch<'a>(
         None => None,
     };
     let items = held_wal(stretch, from);
-    let mut search = Search::new(&source, stretch.segment_size(), archive.system(), items, max_time_before)?;
-    let cut = search.find(target).await?;
+    let mut search = Search::new(source, stretch.segment_size(), archive.system(), items, max_time_before)?;
+    let mut cut = search.find(target).await?;
     let time = match target {
         SearchTarget::Time { time, exclusive } => Some(TimeKnowledge {
             time: *time,
@@ -304,9 +305,16 @@ async fn search_stretch<'a>(
         }),
         _ => None,
     };
-    let choice = plan::choose(backups, &cut, time)?;
+    let choice = loop {
+        let choice = plan::choose(backups, &cut, time)?;
+        match search.earlier_cut(target, choice.backup.start_lsn, &cut).await? {
+            Some(earlier) => cut = earlier,
+            None => break choice,
+        }
+    };
     let through = through(archive, stretch, &cut).await?;
     let resolved = Resolved {
+        search,
         stretch,
         backup: choice.backup,
         stop: choice.stop,
@@ -362,15 +370,12 @@ async fn finish(
     archive: &Archive,
     branch: &TimelineHistory,
     request: &Request,
-    resolved: Resolved<'_>,
+    mut resolved: Resolved<'_>,
 ) -> Result<Plan, Failure> {
     let Resolved { stretch, backup, stop, .. } = resolved;
     let size = stretch.segment_size();
     let wal = NeededWal::of(stretch, backup.start_lsn, resolved.through);
-    let source = ArchiveSource::new(archive);
-    let items = held_wal(stretch, backup.start_lsn);
-    let mut search = Search::new(&source, size, archive.system(), items, None)?;
-    let changes = search.parameter_changes(backup.start_lsn, resolved.until).await?;
+    let changes = resolved.search.parameter_changes(backup.start_lsn, resolved.until).await?;
     check_parts(archive, backup).await?;
     let mut tails = Vec::new();
     for tail in &wal.tails {

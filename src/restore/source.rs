@@ -22,6 +22,10 @@ impl<'a> ArchiveSource<'a> {
     pub fn new(archive: &'a Archive) -> Self {
         Self { archive }
     }
+
+    pub fn archive(&self) -> &'a Archive {
+        self.archive
+    }
 }
 
 /// Where a search from `from` on begins: at the segment that holds it. A tail piece may begin in the middle of a page, and records can be

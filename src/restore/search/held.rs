@@ -12,7 +12,7 @@ use crate::seal::ObjectHeader;
 use crate::wal::{Lsn, PAGE_SIZE, RecordInfo, RecordScanner, ScanStart, SegmentSize, SystemIdentifier, TimelineId};
 
 /// Headers that are asked for at once where all are needed.
-const HEADERS_AT_ONCE: usize = 16;
+pub(super) const HEADERS_AT_ONCE: usize = 16;
 
 /// A stored WAL object, and the part of it that counts on the branch.
 #[derive(Clone, Debug)]

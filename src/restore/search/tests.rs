@@ -220,6 +220,58 @@ fn a_time_gives_the_first_commit_or_abort_after_it_in_wal_order() {
     }
 }
 
+/// A segment that was fetched again after it was lost from the spool knew of no commit before it, so the highest time so far fell there.
+/// Where it had no commit at all, the search by halves was led past the first commit to leave out.
+#[test]
+fn headers_that_forgot_the_highest_time_lead_nowhere_else() {
+    let wal = history(1);
+    let records = records(&wal);
+    let mut objects = Store::default();
+    let items = store(&mut objects, &wal, &[], &[]);
+    let count = objects.0.len();
+    let commitless = objects.0.iter().filter(|object| object.header.summary.commits == 0).count();
+    assert!(count > 8 && commitless > 0, "{count}, {commitless} without a commit");
+    for forgets in 1..count {
+        let kept = objects.0.iter().map(|object| object.header.summary.max_time).collect::<Vec<_>>();
+        let mut highest = None;
+        for object in &mut objects.0[forgets..] {
+            highest = highest.max(object.header.summary.max_time_here);
+            object.header.summary.max_time = highest;
+        }
+        for target in (990_000..1_600_000).step_by(13_000) {
+            let time = time(target);
+            let target = SearchTarget::Time { time, exclusive: false };
+            let mut search = search(&objects, &items);
+            let cut = now(search.find(&target)).unwrap();
+            let cut = now(search.earlier_cut(&target, wal.start, &cut)).unwrap().unwrap_or(cut);
+            assert_eq!(cut, expected_for_time(&records, time, false), "{forgets} of {count}, {time}");
+        }
+        for (object, kept) in objects.0.iter_mut().zip(kept) {
+            object.header.summary.max_time = kept;
+        }
+    }
+    // The clock never went back here: the search alone finds it.
+    let mut wal = WalWriter::new(8 * MIB, SegmentSize::new(MIB).unwrap());
+    let mut commits = Vec::new();
+    for number in 0..4u32 {
+        commits.push(wal.commit(number + 1, i64::from(number) * 100));
+        wal.filler(0, 3 * MIB as usize / 2);
+    }
+    let mut objects = Store::default();
+    let items = store(&mut objects, &wal, &[], &[]);
+    for index in 0..objects.0.len() {
+        if objects.0[index].header.summary.commits > 0 {
+            continue;
+        }
+        let kept = objects.0[index].header.summary.max_time.take();
+        for (at, expected) in [(50, commits[1]), (150, commits[2]), (250, commits[3])] {
+            let found = find(&objects, &items, &SearchTarget::Time { time: time(at), exclusive: false }).unwrap();
+            assert_eq!(found.stop, Stop::Before(expected), "{index}, {at}");
+        }
+        objects.0[index].header.summary.max_time = kept;
+    }
+}
+
 #[test]
 fn an_lsn_gives_the_first_record_that_starts_there_or_behind() {
     let wal = history(7);
