@@ -51,7 +51,7 @@ pub(super) async fn patiently<F: Future<Output = Result<FetchOutcome, RestoreErr
 /// How long an error is worth waiting out. PostgreSQL stops at 255, and an operator starts it again when the cause is gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Persistence {
-    /// An outage: nothing was answered, or "later".
+    /// An outage: nothing was answered, or "later"; what is on its way.
     UntilPatienceEnds,
     /// An answer that says no, or bytes that are wrong, perhaps only on their way.
     FewTries,
@@ -80,6 +80,8 @@ pub(super) fn persistence(error: &RestoreError) -> Persistence {
         RestoreError::Repository(RepositoryError::Local { source, .. }) | RestoreError::Io { source, .. } => {
             of_disk(source)
         }
+        // Pieces are stored several at once, and the first of them comes last now and then.
+        RestoreError::Incomplete { .. } => Persistence::UntilPatienceEnds,
         error if error.exit_code() == 5 || error.next_step() == NextStep::Retry => Persistence::FewTries,
         _ => Persistence::None,
     }
