@@ -425,6 +425,36 @@ async fn a_hole_in_the_open_segment_is_no_loss_unless_more_was_there() {
     assert!(matches!(error, RestoreError::DamagedWal { .. }), "{error}");
 }
 
+/// Two runs for one path wrote to one temporary file: one removed the other's, or gave its name to what was half written (I13).
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn several_runs_for_one_path_do_not_meet() {
+    let bench = Bench::new().await;
+    let bytes = raw(3, MIB as usize);
+    bench.store(segment(1, 3), &bytes).await;
+    let left = |kind: &str| bench.path.with_file_name(format!("RECOVERYXLOG.walden-tmp{kind}"));
+    // Left by runs that were killed, the first one of an older release.
+    for kind in ["", "-0123456789abcdef"] {
+        std::fs::write(left(kind), b"half").unwrap();
+    }
+    let request = FetchRequest {
+        plan: None,
+        system: None,
+        name: segment(1, 3).to_string(),
+        path: bench.path.clone(),
+        patience: bench.patience,
+    };
+    let runs = (0..16).map(|_| {
+        let (repositories, request) = (bench.repositories.clone(), request.clone());
+        tokio::spawn(async move { wal_fetch(&repositories, &request).await })
+    });
+    for run in runs.collect::<Vec<_>>() {
+        assert_eq!(run.await.unwrap().unwrap(), FetchOutcome::Delivered);
+    }
+    assert_eq!(bench.delivered(), bytes);
+    // Looks for leftovers too.
+    assert_eq!(bench.fetch(None, &segment(1, 3).to_string()).await.unwrap(), FetchOutcome::Delivered);
+}
+
 #[tokio::test]
 async fn damage_and_outage_are_never_absence() {
     let bench = Bench::new().await;
