@@ -1,6 +1,8 @@
 //! Makes a plan: reads the archive's headers, searches the cut, and checks everything that the restore will need.
 
-use super::error::RestoreError;
+use std::time::Duration;
+
+use super::error::{RestoreError, with_sources};
 use super::frozen::{check_parts, freeze, histories};
 use super::plan::{self, NeededWal, RecoveryStop, TimeKnowledge, Unreachable};
 use super::plan_file::{PlanFile, PlannedRun};
@@ -10,6 +12,9 @@ use super::target::{Request, Target};
 use super::windows::{complete_until, windows};
 use crate::repository::{Archive, BackupJson, Catalog, Repository, RepositoryError, Stretch, WalObject};
 use crate::wal::{CommitMark, Lsn, SegmentSize, SystemIdentifier, TimelineHistory, TimelineId};
+
+/// How long another repository may take to say what it holds of the latest state.
+const ANOTHER_LIMIT: Duration = Duration::from_secs(30);
 
 /// Everything that a restore will do, resolved and checked.
 #[derive(Clone, Debug)]
@@ -23,6 +28,8 @@ pub struct Plan {
     pub stop: RecoveryStop,
     pub last_kept: Option<CommitMark>,
     pub first_left_out: Option<CommitMark>,
+    /// How far the WAL is replayed, exclusive.
+    pub reached: Lsn,
     /// For `latest`: through where the archive tells of WAL that is not there.
     pub told_beyond: Option<Lsn>,
     pub wal: NeededWal,
@@ -33,31 +40,72 @@ pub struct Plan {
     pub file: PlanFile,
 }
 
-/// Plans on the first of `repositories` that can be read and reaches the target; else tells what the first one said.
+/// Plans on the first of `repositories`, in file order, that can be read and reaches the target; else tells what the first one said.
+///
+/// Of the latest state one may hold more than another: all are looked at then, and the one that reaches furthest along the branch of the
+/// first is taken. What was passed over is told.
 pub async fn plan(
     repositories: &[Repository],
     system: Option<SystemIdentifier>,
     request: &Request,
 ) -> Result<Plan, RestoreError> {
-    let mut first = None;
+    let (mut best, mut passed_over): (Option<Plan>, Vec<(&str, RestoreError)>) = (None, Vec::new());
     for repository in repositories {
-        match plan_in(repository, system, request).await {
-            Ok(plan) => return Ok(plan),
-            Err(error) => {
-                tracing::debug!(repository = repository.name(), %error, "no plan from this repository");
-                // A refusal of the target says more than a store that is not there.
-                let better = matches!(error, RestoreError::Unreachable { .. })
-                    && !matches!(first, Some(RestoreError::Unreachable { .. }));
-                if first.is_none() || better {
-                    first = Some(error);
-                }
+        let attempt = plan_in(repository, system, request);
+        let planned = match &best {
+            None => attempt.await,
+            // Nothing waits long for another one, once there is a plan.
+            Some(_) => match tokio::time::timeout(ANOTHER_LIMIT, attempt).await {
+                Ok(planned) => planned,
+                Err(_) => Err(RestoreError::Timeout { seconds: ANOTHER_LIMIT.as_secs() }),
+            },
+        };
+        match (planned, best.take()) {
+            (Ok(plan), None) => best = Some(plan),
+            (Ok(plan), Some(known)) => best = Some(further(known, plan)),
+            (Err(error), known) => {
+                passed_over.push((repository.name(), error));
+                best = known;
             }
         }
+        if best.is_some() && request.target != Target::Latest {
+            break;
+        }
     }
-    Err(first.unwrap_or_else(|| RestoreError::Target {
-        why: "no repository is configured".into(),
-        hint: "name one in the configuration or by `--repository`",
-    }))
+    let Some(plan) = best else {
+        // A refusal of the target says more than a store that is not there.
+        let refusal = passed_over.iter().position(|(_, error)| matches!(error, RestoreError::Unreachable { .. }));
+        return Err(match passed_over.is_empty() {
+            false => passed_over.swap_remove(refusal.unwrap_or(0)).1,
+            true => RestoreError::Target {
+                why: "no repository is configured".into(),
+                hint: "name one in the configuration or by `--repository`",
+            },
+        });
+    };
+    for (name, error) in passed_over {
+        tracing::warn!("repository {name} is passed over: {}", with_sources(&error));
+    }
+    Ok(plan)
+}
+
+/// Of two plans for the latest state the one that holds more of the same branch; else the first.
+fn further(first: Plan, second: Plan) -> Plan {
+    let switch =
+        second.file.ancestors.iter().find(|(timeline, _)| *timeline == first.timeline).map(|(_, switch)| *switch);
+    let on_its_branch = first.timeline == second.timeline || switch.is_some_and(|switch| first.reached <= switch);
+    let is_same = first.archive.system() == second.archive.system();
+    if !is_same || !on_its_branch || second.reached <= first.reached {
+        return first;
+    }
+    tracing::warn!(
+        "repository {} ends at {}, and {} goes on to {}, which is taken",
+        first.archive.repository().name(),
+        first.reached,
+        second.archive.repository().name(),
+        second.reached
+    );
+    second
 }
 
 async fn plan_in(
@@ -414,6 +462,7 @@ async fn finish(
         stop,
         last_kept: resolved.last_kept,
         first_left_out: resolved.first_left_out,
+        reached: resolved.until,
         told_beyond: None,
         segment_size: size,
         required_settings: plan::required_settings(backup, &changes),
