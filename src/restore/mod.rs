@@ -36,7 +36,7 @@ pub use configure::{
 };
 pub use error::{RestoreError, repository_exit_code};
 pub use fetch::{FetchProgress, RestoreOptions, Restored, check_places, restore};
-pub use places::{TablespaceMap, refuse_occupied};
+pub use places::{TablespaceMap, refuse_occupied, tablespaces};
 pub use plan::{RecoveryStop, target_settings};
 pub use plan_file::{PLAN_FILE, PlanFile};
 pub use quoting::{config_quoted, restore_command_path, shell_quoted};

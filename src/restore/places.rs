@@ -44,6 +44,13 @@ fn may_be_written(path: &Path) -> Result<(), RestoreError> {
     Ok(())
 }
 
+/// Where the backup's tablespaces go that lie outside the data directory: the place in the backup, and the one that is filled.
+pub fn tablespaces(plan: &Plan, map: &[TablespaceMap]) -> Result<Vec<(String, PathBuf)>, RestoreError> {
+    let mut places = tablespace_places(&plan.backup.tablespaces, map)?;
+    let known = plan.backup.tablespaces.iter();
+    Ok(known.filter_map(|known| Some((known.location.clone(), places.remove(&known.oid)?))).collect())
+}
+
 /// The directories that a restore fills.
 #[derive(Clone, Debug)]
 pub(super) struct Places {

@@ -302,6 +302,8 @@ fn tablespaces_go_where_the_map_says() {
         assert_eq!(refused.code, Some(4), "{}", refused.stderr);
         assert!(refused.stderr.contains("--tablespace-map"), "{}", refused.stderr);
         assert!(stage.join("in-the-way/file").exists(), "it was renamed");
+        let told = walden.ok(&["restore", "--dry-run", "--pgdata", &busy, "--tablespace-map", &map]);
+        assert!(told.contains(&format!("tablespace: {}, at {}", new.display(), old.display())), "{told}");
         let restored = restore(&walden, major, "restored", &["--tablespace-map", &map]);
         assert_eq!(restored.value("SELECT count(*) FROM placed"), "1500");
         assert_eq!(
