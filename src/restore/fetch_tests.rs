@@ -150,7 +150,10 @@ fn files(control: &[u8]) -> Vec<(&'static str, Vec<u8>)> {
         ("PG_VERSION", b"17\n".to_vec()),
         ("base/5/1259", vec![9; 100_000]),
         ("pg_tblspc/16384/PG_17_1/5/1", b"elsewhere".to_vec()),
-        ("postgresql.auto.conf", b"work_mem = '64MB'\nprimary_conninfo = 'host=old'\n".to_vec()),
+        (
+            "postgresql.auto.conf",
+            b"work_mem = '64MB'\nprimary_conninfo = 'host=old'\nsynchronous_standby_names = 'walden'\n".to_vec(),
+        ),
         ("standby.signal", Vec::new()),
         ("tablespace_map", b"16384 /old\n".to_vec()),
         ("backup_label", LABEL.to_vec()),
@@ -184,6 +187,10 @@ async fn a_backup_becomes_a_directory_that_recovers() {
     assert!(!auto_conf.contains("host=old"));
     assert!(auto_conf.contains("max_connections = '321'"));
     assert!(auto_conf.contains("archive_mode = 'off'"));
+    // Its commits would wait for ever. What stands last counts.
+    let synchronous = auto_conf.lines().rfind(|line| line.starts_with("synchronous_standby_names"));
+    assert_eq!(synchronous, Some("synchronous_standby_names = ''"));
+    assert!(restored.notes.iter().any(|note| note.contains("it was 'walden'")), "{:?}", restored.notes);
     assert!(auto_conf.contains("recovery_target_timeline = '1'"));
     assert!(auto_conf.trim_end().ends_with("recovery_target = 'immediate'"), "{auto_conf}");
     assert!(auto_conf.contains("wal-fetch --plan"));
