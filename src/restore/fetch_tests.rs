@@ -145,6 +145,25 @@ async fn a_damaged_backup_json_is_damage_and_not_absence() {
     assert!(error.to_string().contains(&key), "{error}");
 }
 
+/// The restore wrote everything, and PostgreSQL died when it came to the segment.
+#[tokio::test]
+async fn wal_that_was_cut_short_is_damage_before_anything_is_written() {
+    let control = control();
+    let owned = files(&control);
+    let bench = Bench::new(&borrowed(&owned), &[]).await;
+    let segment = SegmentName::holding(TimelineId::FIRST, Lsn::new(2 * MIB), SegmentSize::new(MIB).unwrap());
+    let key = bench.writer.archive().keys().segment(segment, Compression::Lz4);
+    let path = std::path::Path::new(&bench.writer.archive().repository().url()).join(&key);
+    let whole = std::fs::read(&path).unwrap();
+    std::fs::write(&path, &whole[..whole.len() - 1]).unwrap();
+    let error = bench.restore(&bench.options()).await.unwrap_err();
+    assert_eq!(error.exit_code(), 5, "{error}");
+    assert!(error.to_string().contains(&key), "{error}");
+    assert!(!bench.folder.path().join("data").exists());
+    std::fs::write(&path, &whole).unwrap();
+    assert!(bench.plan().await.is_ok());
+}
+
 fn files(control: &[u8]) -> Vec<(&'static str, Vec<u8>)> {
     vec![
         ("PG_VERSION", b"17\n".to_vec()),

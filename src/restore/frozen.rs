@@ -1,6 +1,6 @@
 //! What a plan holds fast of the archive: the backup's parts, the tail as it is now, the histories.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use futures_util::{StreamExt, TryStreamExt, stream};
 
@@ -31,6 +31,37 @@ pub(super) async fn check_parts(archive: &Archive, backup: &BackupJson) -> Resul
         return Err(RestoreError::DamagedBackup { backup: backup.id.to_string(), why });
     }
     Ok(())
+}
+
+/// Every WAL object of `needed` has the length that its header tells. One that was cut short would be found only when PostgreSQL asks for
+/// it, with everything else already written. `needed` is in WAL order.
+pub(super) async fn check_sizes(archive: &Archive, needed: &[(WalObject, u64)]) -> Result<(), RestoreError> {
+    let keys = archive.keys();
+    let mut expected: BTreeMap<String, u64> = needed.iter().map(|(object, size)| (object.key(keys), *size)).collect();
+    let timelines: BTreeSet<TimelineId> = needed.iter().map(|(object, _)| object.segment.timeline()).collect();
+    for timeline in timelines {
+        let of = |piece: bool| {
+            needed.iter().map(|(object, _)| object).find(|object| {
+                object.segment.timeline() == timeline && matches!(object.kind, WalObjectKind::Piece { .. }) == piece
+            })
+        };
+        let prefixes = [(of(false), keys.timeline_prefix(timeline)), (of(true), keys.tail_timeline_prefix(timeline))];
+        for (first, prefix) in prefixes.into_iter().filter_map(|(first, prefix)| Some((first?, prefix))) {
+            // The segment's name alone sorts before all that is stored of it.
+            for object in archive.list(&prefix, Some(&format!("{prefix}{}", first.segment))).await? {
+                if let Some(size) = expected.remove(&object.key).filter(|size| *size != object.size) {
+                    let (key, url, found) = (object.key, archive.url(), object.size);
+                    return Err(RestoreError::DamagedWal {
+                        why: format!("{key} in {url} has {found} bytes instead of {size}"),
+                    });
+                }
+            }
+        }
+    }
+    match expected.pop_first() {
+        Some((key, _)) => Err(RestoreError::Changed { what: format!("{key} is gone") }),
+        None => Ok(()),
+    }
 }
 
 /// Reads the headers of a tail's pieces, proves that they follow each other, and writes down what they are now.

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::error::{RestoreError, with_sources};
-use super::frozen::{check_parts, freeze, histories};
+use super::frozen::{check_parts, check_sizes, freeze, histories};
 use super::plan::{self, NeededWal, RecoveryStop, TimeKnowledge, Unreachable};
 use super::plan_file::{PlanFile, PlannedRun};
 use super::search::{Cut, Search, SearchError, SearchTarget, Stop};
@@ -424,6 +424,7 @@ async fn finish(
     let size = stretch.segment_size();
     let wal = NeededWal::of(stretch, backup.start_lsn, resolved.through);
     let changes = resolved.search.parameter_changes(backup.start_lsn, resolved.until).await?;
+    check_sizes(archive, &resolved.search.stored_sizes(backup.start_lsn, resolved.through).await?).await?;
     check_parts(archive, backup).await?;
     let mut tails = Vec::new();
     for tail in &wal.tails {

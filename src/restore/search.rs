@@ -308,6 +308,21 @@ impl<'a, S: WalSource<K>, K: Send + Sync> Search<'a, S, K> {
         Ok(changes)
     }
 
+    /// The objects that hold `[from, to)`, and their stored sizes as their headers tell them.
+    pub async fn stored_sizes(&mut self, from: Lsn, to: Lsn) -> Result<Vec<(K, u64)>, SearchError<S::Error>>
+    where
+        K: Clone,
+    {
+        let first = self.held.holding(from).unwrap_or(0);
+        let end = self.held.holding(to).map_or(self.held.len(), |last| last + 1);
+        self.held.load_headers(first..end).await?;
+        let mut sizes = Vec::new();
+        for index in first..end {
+            sizes.push((self.held.key(index).clone(), self.held.header(index).await?.stored_size));
+        }
+        Ok(sizes)
+    }
+
     /// The cut at the record at `lsn`, which ends in the object `index`: through it if `keep`, else before it.
     async fn cut_at(&mut self, index: usize, lsn: Lsn, keep: bool) -> Result<Cut, SearchError<S::Error>> {
         let (mut end, mut last_kept, mut first_left_out) = (None, None, None);

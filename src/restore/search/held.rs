@@ -89,6 +89,10 @@ impl<'a, S: WalSource<K>, K: Send + Sync> Held<'a, S, K> {
         self.segment_size
     }
 
+    pub fn key(&self, index: usize) -> &K {
+        &self.items[index].key
+    }
+
     pub fn counts(&self, index: usize) -> &Range<Lsn> {
         &self.items[index].counts
     }
