@@ -160,17 +160,6 @@ impl Directory {
         Ok(rustix::fs::syncfs(&self.handle)?)
     }
 
-    /// Free bytes for an ordinary user.
-    pub fn free_bytes(&self) -> io::Result<u64> {
-        let stat = rustix::fs::fstatvfs(&self.handle)?;
-        Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
-    }
-
-    /// Which file system it is on.
-    pub fn device(&self) -> io::Result<u64> {
-        Ok(rustix::fs::fstat(&self.handle)?.st_dev)
-    }
-
     /// Walks to a folder, making what is missing.
     fn folder<'a>(&'a self, path: &[u8], last: &'a mut LastFolder) -> io::Result<std::os::fd::BorrowedFd<'a>> {
         if path.is_empty() {

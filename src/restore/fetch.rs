@@ -1,7 +1,8 @@
 //! Brings a planned backup to a directory: parts in parallel, every file checked, `global/pg_control` last.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -10,7 +11,7 @@ use tokio::sync::mpsc;
 
 use super::RestoreError;
 use super::configure::{self, Configuration};
-use super::directory::{Directory, InnerPath};
+use super::directory::InnerPath;
 use super::manifest::{MANIFEST_BYTES_MAX, Manifest};
 use super::places::{Places, TablespaceMap};
 use super::resolve::Plan;
@@ -66,9 +67,9 @@ pub async fn restore(
         Some(part) => Some(fetch_manifest(plan, part).await?),
         None => None,
     };
+    check_space(&places, manifest.as_ref())?;
     let renamed = places.clear(options.force)?;
     let destination = Arc::new(places.open(plan, manifest)?);
-    check_space(&destination)?;
     let volumes = plan.backup.volumes.iter();
     stream::iter(volumes)
         .map(|part| fetch_volume(plan, part, destination.clone(), progress.clone()))
@@ -90,20 +91,23 @@ fn panicked(error: &tokio::task::JoinError) -> RestoreError {
     }
 }
 
-/// The sum of the manifest's sizes must fit where it goes. Only a first look: other programs write too.
-fn check_space(destination: &Destination) -> Result<(), RestoreError> {
-    let Some(manifest) = &destination.manifest else { return Ok(()) };
-    let mut needed: BTreeMap<u64, (u64, &Directory)> = BTreeMap::new();
+/// The sum of the manifest's sizes must fit where it goes. Only a first look: other programs write too. What is renamed away to make room
+/// stays on its file system, so nothing is won by that.
+fn check_space(places: &Places, manifest: Option<&Manifest>) -> Result<(), RestoreError> {
+    let Some(manifest) = manifest else { return Ok(()) };
+    // By file system: what it takes, and a folder on it.
+    let mut needed: BTreeMap<u64, (u64, &Path)> = BTreeMap::new();
     let mut elsewhere: BTreeMap<u32, u64> = BTreeMap::new();
-    fn io(directory: &Directory) -> impl FnOnce(std::io::Error) -> RestoreError + use<> {
-        RestoreError::io("examined", directory.path().to_path_buf())
-    }
-    let main = destination.main.device().map_err(io(&destination.main))?;
-    needed.insert(main, (0, &destination.main));
-    for (oid, directory) in &destination.tablespaces {
-        let device = directory.device().map_err(io(directory))?;
-        needed.entry(device).or_insert((0, directory));
-        elsewhere.insert(*oid, device);
+    let mut main = 0;
+    let tablespaces = places.tablespaces.iter().map(|(oid, place)| (Some(*oid), place));
+    for (oid, place) in std::iter::once((None, &places.pgdata)).chain(tablespaces) {
+        let folder = nearest_folder(place);
+        let device = std::fs::metadata(folder).map_err(RestoreError::io("examined", folder))?.dev();
+        needed.entry(device).or_insert((0, folder));
+        match oid {
+            Some(oid) => drop(elsewhere.insert(oid, device)),
+            None => main = device,
+        }
     }
     for (path, file) in &manifest.files {
         let device = path.in_tablespace().and_then(|(oid, _)| elsewhere.get(&oid).copied()).unwrap_or(main);
@@ -111,12 +115,12 @@ fn check_space(destination: &Destination) -> Result<(), RestoreError> {
             *bytes = bytes.saturating_add(file.size);
         }
     }
-    for (bytes, directory) in needed.values() {
-        let free = directory.free_bytes().map_err(io(directory))?;
+    for (bytes, folder) in needed.values() {
+        let free = crate::disk::Disk::default().free_bytes(folder).map_err(RestoreError::io("examined", *folder))?;
         if *bytes > free {
             return Err(RestoreError::Io {
                 what: "filled",
-                path: directory.path().into(),
+                path: folder.into(),
                 source: std::io::Error::new(
                     std::io::ErrorKind::StorageFull,
                     format!("the backup needs {bytes} bytes and {free} are free"),
@@ -125,6 +129,11 @@ fn check_space(destination: &Destination) -> Result<(), RestoreError> {
         }
     }
     Ok(())
+}
+
+/// The folder itself, or the nearest one above it that is there.
+fn nearest_folder(path: &Path) -> &Path {
+    path.ancestors().find(|at| at.is_dir()).unwrap_or(Path::new("/"))
 }
 
 /// A part's key tells how it is compressed.

@@ -271,6 +271,29 @@ async fn force_renames_a_tablespace_only_of_the_server_that_is_replaced() {
     assert!(!old.join("PG_17_1/1").exists());
 }
 
+/// It was found after `--force` had renamed what was there.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn want_of_room_is_found_before_anything_is_renamed() {
+    let files = files(&control());
+    let bench = Bench::new(&borrowed(&files), &[]).await;
+    let options = RestoreOptions { force: true, ..bench.options() };
+    std::fs::create_dir(bench.folder.path().join("data")).unwrap();
+    std::fs::write(bench.folder.path().join("data/precious"), "x").unwrap();
+    let places = Places::check(&bench.plan().await.unwrap(), &options).unwrap();
+    let mut manifest = Manifest::parse(&manifest(&borrowed(&files))).unwrap();
+    check_space(&places, Some(&manifest)).unwrap();
+    for path in [&b"base/5/1259"[..], b"pg_tblspc/16384/PG_17_1/5/1"] {
+        let mut huge = manifest.files.clone();
+        huge.get_mut(&InnerPath::parse(path).unwrap()).unwrap().size = u64::MAX / 2;
+        std::mem::swap(&mut manifest.files, &mut huge);
+        let error = check_space(&places, Some(&manifest)).unwrap_err();
+        assert!(matches!(error, RestoreError::Io { what: "filled", .. }), "{error}");
+        manifest.files = huge;
+    }
+    assert_eq!(bench.read("data/precious"), "x");
+    assert!(!bench.folder.path().join("new").exists());
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_wrong_map_is_refused_before_anything_is_written() {
     let files = files(&control());

@@ -54,7 +54,7 @@ pub fn tablespaces(plan: &Plan, map: &[TablespaceMap]) -> Result<Vec<(String, Pa
 /// The directories that a restore fills.
 #[derive(Clone, Debug)]
 pub(super) struct Places {
-    pgdata: PathBuf,
+    pub(super) pgdata: PathBuf,
     pub(super) tablespaces: BTreeMap<u32, PathBuf>,
 }
 
