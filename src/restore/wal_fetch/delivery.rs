@@ -4,10 +4,12 @@ use std::fs::File;
 use std::io::Write;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 
+use super::patience::Progress;
 use crate::disk::Disk;
 use crate::repository::{Archive, PieceChain, RepositoryError, WalObject, WalObjectKind};
 use crate::restore::RestoreError;
@@ -28,11 +30,12 @@ struct Delivery {
     file: File,
     temporary: PathBuf,
     path: PathBuf,
+    progress: Arc<Progress>,
     done: bool,
 }
 
 impl Delivery {
-    fn begin(path: &Path) -> Result<Self, RestoreError> {
+    fn begin(path: &Path, progress: &Arc<Progress>) -> Result<Self, RestoreError> {
         remove_leftovers(path);
         let mut tries = TRIES;
         loop {
@@ -41,7 +44,8 @@ impl Delivery {
             let temporary = PathBuf::from(name);
             let io = || RestoreError::io("created", &temporary);
             let file = std::fs::OpenOptions::new().write(true).create_new(true).open(&temporary).map_err(io())?;
-            let delivery = Self { file, temporary: temporary.clone(), path: path.into(), done: false };
+            let (path, progress) = (path.to_owned(), progress.clone());
+            let delivery = Self { file, temporary: temporary.clone(), path, progress, done: false };
             // PostgreSQL's own mode for WAL files in a directory that only its owner may read.
             let mode = std::os::unix::fs::PermissionsExt::from_mode(0o600);
             delivery.file.set_permissions(mode).map_err(io())?;
@@ -57,10 +61,12 @@ impl Delivery {
     }
 
     fn write(&mut self, bytes: &[u8]) -> Result<(), RepositoryError> {
+        self.progress.note();
         self.file.write_all(bytes).map_err(|source| self.local(source))
     }
 
     fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<(), RepositoryError> {
+        self.progress.note();
         self.file.write_all_at(bytes, offset).map_err(|source| self.local(source))
     }
 
@@ -101,8 +107,8 @@ fn remove_leftovers(path: &Path) {
     }
 }
 
-pub(super) fn deliver_bytes(bytes: &[u8], path: &Path) -> Result<(), RestoreError> {
-    let mut delivery = Delivery::begin(path)?;
+pub(super) fn deliver_bytes(bytes: &[u8], path: &Path, progress: &Arc<Progress>) -> Result<(), RestoreError> {
+    let mut delivery = Delivery::begin(path, progress)?;
     delivery.write(bytes)?;
     delivery.finish(bytes.len() as u64) // usize fits
 }
@@ -121,8 +127,9 @@ pub(super) async fn deliver_whole(
     segment: SegmentName,
     compression: Compression,
     path: &Path,
+    progress: &Arc<Progress>,
 ) -> Result<(), RestoreError> {
-    let mut delivery = Delivery::begin(path)?;
+    let mut delivery = Delivery::begin(path, progress)?;
     // Size, checksums and identity are proved before the file gets its name.
     archive.read_wal(&whole(segment, compression), |raw| delivery.write(raw)).await?;
     delivery.finish(segment.size().get())
@@ -134,8 +141,9 @@ pub(super) async fn deliver_tail(
     segment: SegmentName,
     tail: &PlannedTail,
     path: &Path,
+    progress: &Arc<Progress>,
 ) -> Result<(), RestoreError> {
-    let delivery = Delivery::begin(path)?;
+    let delivery = Delivery::begin(path, progress)?;
     for piece in &tail.pieces {
         let mut offset = u64::from(piece.start);
         let object = piece_object(segment, piece.start, piece.end, piece.compression);
@@ -154,7 +162,7 @@ pub(super) async fn deliver_tail(
             }
             Err(error) if error.is_not_found() => {
                 drop(delivery);
-                return deliver_from_whole(archive, segment, tail, path).await;
+                return deliver_from_whole(archive, segment, tail, path, progress).await;
             }
             Err(error) => return Err(error.into()),
         }
@@ -175,10 +183,11 @@ async fn deliver_from_whole(
     segment: SegmentName,
     tail: &PlannedTail,
     path: &Path,
+    progress: &Arc<Progress>,
 ) -> Result<(), RestoreError> {
     let mut failed = None;
     for compression in [Compression::Lz4, Compression::Zstd] {
-        let mut delivery = Delivery::begin(path)?;
+        let mut delivery = Delivery::begin(path, progress)?;
         let (mut left, mut crc32) = (tail.end, crc32fast::Hasher::new());
         let read = archive
             .read_wal(&whole(segment, compression), |raw| {
@@ -209,8 +218,9 @@ pub(super) async fn deliver_chain(
     segment: SegmentName,
     chain: &PieceChain,
     path: &Path,
+    progress: &Arc<Progress>,
 ) -> Result<(), RestoreError> {
-    let delivery = Delivery::begin(path)?;
+    let delivery = Delivery::begin(path, progress)?;
     for piece in &chain.pieces {
         let mut offset = u64::from(piece.start);
         let object = piece_object(segment, piece.start, piece.end, piece.compression);

@@ -1,9 +1,10 @@
 //! Without a plan: what a complete listing of the repository proves about a file.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use super::delivery::{deliver_bytes, deliver_chain, deliver_whole};
-use super::patience::patiently;
+use super::patience::{Progress, patiently};
 use super::{FetchOutcome, FetchRequest, WalFile, absent, missing, parse_name};
 use crate::repository::{Archive, ParsedKey, Piece, PieceChain, Repository, RepositoryError};
 use crate::restore::RestoreError;
@@ -33,15 +34,15 @@ pub(super) async fn by_listing(
     request: &FetchRequest,
 ) -> Result<FetchOutcome, RestoreError> {
     let file = parse_name(&request.name)?;
-    patiently(request.patience, || async move {
+    patiently(request.patience, |progress| async move {
         let (mut proofs, mut failed): (u32, Option<RestoreError>) = (0, None);
         let mut open: Option<OpenSegment> = None;
         for repository in repositories {
             let attempt = async {
                 let archive = repository.choose(request.system).await?;
                 match file {
-                    WalFile::History(timeline) => history_by_asking(&archive, timeline, &request.path).await,
-                    WalFile::Segment(name) => segment_by_listing(&archive, name, &request.path).await,
+                    WalFile::History(timeline) => history_by_asking(&archive, timeline, &request.path, &progress).await,
+                    WalFile::Segment(name) => segment_by_listing(&archive, name, &request.path, &progress).await,
                 }
             };
             match attempt.await {
@@ -73,7 +74,7 @@ pub(super) async fn by_listing(
             }
             (Some(error), None) => Err(error),
             (None, Some(open)) => {
-                deliver_chain(&open.archive, open.segment, &open.chain, &request.path).await?;
+                deliver_chain(&open.archive, open.segment, &open.chain, &request.path, &progress).await?;
                 Ok(FetchOutcome::Delivered)
             }
             (None, None) if proofs > 0 => Ok(absent("every repository proves it absent")),
@@ -85,14 +86,24 @@ pub(super) async fn by_listing(
     .await
 }
 
-async fn history_by_asking(archive: &Archive, timeline: TimelineId, path: &Path) -> Result<Answer, RestoreError> {
+async fn history_by_asking(
+    archive: &Archive,
+    timeline: TimelineId,
+    path: &Path,
+    progress: &Arc<Progress>,
+) -> Result<Answer, RestoreError> {
     match archive.history(timeline).await? {
-        Some(bytes) => deliver_bytes(&bytes, path).map(|()| Answer::Delivered),
+        Some(bytes) => deliver_bytes(&bytes, path, progress).map(|()| Answer::Delivered),
         None => Ok(Answer::Absent("the store has no such history file")),
     }
 }
 
-async fn segment_by_listing(archive: &Archive, name: &str, path: &Path) -> Result<Answer, RestoreError> {
+async fn segment_by_listing(
+    archive: &Archive,
+    name: &str,
+    path: &Path,
+    progress: &Arc<Progress>,
+) -> Result<Answer, RestoreError> {
     // The key does not depend on the segment size; the object itself tells it.
     let smallest = SegmentSize::new(1 << 20).expect("1 MiB is a segment size");
     let guess = SegmentName::parse(name, smallest).map_err(|_| missing(archive, name))?;
@@ -101,7 +112,7 @@ async fn segment_by_listing(archive: &Archive, name: &str, path: &Path) -> Resul
         if archive.head(&key).await?.is_some() {
             let size = segment_size_of(archive, &key).await?;
             let segment = parse_sized(archive, name, size)?;
-            deliver_whole(archive, segment, compression, path).await?;
+            deliver_whole(archive, segment, compression, path, progress).await?;
             return Ok(Answer::Delivered);
         }
     }
@@ -137,7 +148,7 @@ async fn segment_by_listing(archive: &Archive, name: &str, path: &Path) -> Resul
             if u64::from(chain.end) < size.get() {
                 return Ok(Answer::Open(OpenSegment { archive: archive.clone(), segment, chain }));
             }
-            deliver_chain(archive, segment, &chain, path).await?;
+            deliver_chain(archive, segment, &chain, path, progress).await?;
             Ok(Answer::Delivered)
         }
         Judgement::Absent(proof) => Ok(Answer::Absent(proof)),

@@ -1,5 +1,7 @@
 //! What is worth waiting out, and for how long.
 
+use std::pin::pin;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::FetchOutcome;
@@ -12,20 +14,40 @@ use crate::storage::{Backoff, StorageError};
 const FEW_TRIES: u32 = 3;
 const DELAY_MAX: Duration = Duration::from_secs(5);
 
-/// Repeats what may pass by itself until `patience` is over.
+/// When something came last. An attempt is not given up as long as bytes come.
+#[derive(Debug)]
+pub(super) struct Progress(Mutex<Instant>);
+
+impl Progress {
+    pub(super) fn note(&self) {
+        *self.0.lock().expect("nothing panics while it holds it") = Instant::now();
+    }
+
+    fn last(&self) -> Instant {
+        *self.0.lock().expect("nothing panics while it holds it")
+    }
+}
+
+/// Repeats what may pass by itself until `patience` is over. One attempt that goes on may take longer: it is silence that is bounded.
 pub(super) async fn patiently<F: Future<Output = Result<FetchOutcome, RestoreError>>>(
     patience: Duration,
-    mut attempt: impl FnMut() -> F,
+    mut attempt: impl FnMut(Arc<Progress>) -> F,
 ) -> Result<FetchOutcome, RestoreError> {
     let started = Instant::now();
+    let progress = Arc::new(Progress(Mutex::new(started)));
     let (mut backoff, mut tries, mut told) = (Backoff::new(DELAY_MAX), 0, String::new());
     let mut last = None;
     loop {
-        let error = match tokio::time::timeout(patience.saturating_sub(started.elapsed()), attempt()).await {
-            Ok(Ok(outcome)) => return Ok(outcome),
-            Ok(Err(error)) => error,
-            // What was answered before says more than that time is over.
-            Err(_) => return Err(last.unwrap_or(RestoreError::Timeout { seconds: patience.as_secs() })),
+        let mut running = pin!(attempt(progress.clone()));
+        let error = loop {
+            let left = patience.saturating_sub(progress.last().elapsed());
+            match tokio::time::timeout(left, &mut running).await {
+                Ok(Ok(outcome)) => return Ok(outcome),
+                Ok(Err(error)) => break error,
+                Err(_) if progress.last().elapsed() < patience => {}
+                // What was answered before says more than that time is over.
+                Err(_) => return Err(last.unwrap_or(RestoreError::Timeout { seconds: patience.as_secs() })),
+            }
         };
         tries += 1;
         let tries_max = match persistence(&error) {

@@ -138,6 +138,25 @@ fn only_an_outage_is_waited_out() {
     assert_eq!(persistence(&RestoreError::Timeout { seconds: 1 }), Persistence::FewTries);
 }
 
+/// A large segment over a slow line was given up when the patience was over, though it came all the time, and never came whole.
+#[tokio::test]
+async fn silence_is_bounded_and_not_a_download_that_goes_on() {
+    let patience = Duration::from_millis(400);
+    let going_on = patiently(patience, |progress| async move {
+        for _ in 0..10 {
+            tokio::time::sleep(patience / 5).await;
+            progress.note();
+        }
+        Ok(FetchOutcome::Delivered)
+    });
+    assert_eq!(going_on.await.unwrap(), FetchOutcome::Delivered);
+    let silent = patiently(patience, |progress| async move {
+        progress.note();
+        std::future::pending().await
+    });
+    assert!(matches!(silent.await, Err(RestoreError::Timeout { .. })));
+}
+
 #[test]
 fn a_plan_reads_back_and_one_that_contradicts_itself_does_not() {
     let good = plan();
