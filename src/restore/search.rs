@@ -55,8 +55,8 @@ impl<'a, S: WalSource<K>, K: Send + Sync> Search<'a, S, K> {
 
     async fn find_time(&mut self, time: PgTime, exclusive: bool) -> Result<Cut, SearchError<S::Error>> {
         let is_left_out = left_out(time, exclusive);
-        if self.max_time_before.is_some_and(is_left_out) {
-            return Err(SearchError::BeforeRange { from: self.held.range().start });
+        if let Some(time) = self.max_time_before.filter(|time| is_left_out(*time)) {
+            return Err(SearchError::BeforeTime { time, from: self.held.range().start });
         }
         let count = self.held.len();
         let first = self.first_seen(is_left_out).await?;

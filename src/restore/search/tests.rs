@@ -525,7 +525,8 @@ fn a_target_before_the_range_is_refused_even_if_later_times_are_lower() {
     let system = SystemIdentifier::new(SYSTEM);
     let mut search = Search::new(&objects, size, system, items, Some(time(1_100_000))).unwrap();
     let error = now(search.find(&SearchTarget::Time { time: time(1_099_999), exclusive: false })).unwrap_err();
-    assert!(matches!(error, SearchError::BeforeRange { .. }));
+    assert!(matches!(error, SearchError::BeforeTime { time: found, .. } if found == time(1_100_000)), "{error}");
+    assert!(error.to_string().contains(&time(1_100_000).to_string()), "{error}");
     assert!(now(search.find(&SearchTarget::Time { time: time(1_100_000), exclusive: false })).is_ok());
 }
 
