@@ -1,6 +1,6 @@
 //! Starts the live path and the uploaders of one cluster, after everything that can be refused was looked at.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -10,7 +10,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use super::backlog::{Backlog, Index};
+use super::backlog::Backlog;
 use super::confirmed::Confirmed;
 use super::guard::SyncGuard;
 use super::held::{find_in_spool, name_finished};
@@ -19,17 +19,17 @@ use super::identity::{self, Identity};
 use super::live::{Live, LiveSettings, Way};
 use super::pace::Pace;
 use super::predecessors::Predecessors;
+use super::records::open_backlog;
 use super::tail::{Tail, TailDemand};
 use super::turn::Turn;
 use super::uploader::{Failing, Uploader};
 use super::{ArchiveError, Halt, Missing};
 use crate::disk::Disk;
-use crate::queue::{OpenedAs, Queue, QueueEntry, QueueError};
 use crate::repository::{Archive, LeaseHolder, Repository};
-use crate::spool::{Spool, SpoolError, SpoolLock, SpooledName};
+use crate::spool::{Spool, SpoolError, SpoolLock};
 use crate::storage::ObjectStore;
 use crate::telemetry::Board;
-use crate::wal::{Lsn, SegmentName, SegmentSize, SystemIdentifier};
+use crate::wal::{Lsn, SegmentSize, SystemIdentifier};
 
 const LOCK_POLL: Duration = Duration::from_millis(50);
 
@@ -74,6 +74,7 @@ pub struct Archiver {
     tail: Arc<Tail>,
     board: Board,
     live: JoinHandle<()>,
+    failing: Arc<Failing>,
     stop_timeout: Duration,
     _lock: SpoolLock,
 }
@@ -117,11 +118,11 @@ impl Archiver {
         }
 
         let archives: Vec<Archive> = targets.iter().map(|target| target.repository.bind(system)).collect();
-        let names: Vec<String> = targets.iter().map(|target| target.repository.name().to_owned()).collect();
         let missing = Missing::default();
         let backlog = {
             let (disk, state, spool, missing) = (disk, settings.state_path.clone(), spool.clone(), missing.clone());
-            blocking(move || open_backlog(&disk, &state, &spool, system, segment_size, names, &missing)).await?
+            let named = targets.iter().map(|target| (target.repository.name().to_owned(), target.required)).collect();
+            blocking(move || open_backlog(&disk, &state, &spool, system, segment_size, named, &missing)).await?
         };
         // Again, since what was damaged was set aside.
         if let Ok(Some(held)) = held() {
@@ -150,6 +151,7 @@ impl Archiver {
                     store: target.store.clone(),
                     probe_prefix: format!("{}/walden-check/", settings.cluster),
                     single_writer: target.single_writer,
+                    required: target.required,
                     holder: LeaseHolder { agent: agent.clone(), host: host.clone() },
                     spool: spool.clone(),
                     backlog: backlog.clone(),
@@ -184,10 +186,14 @@ impl Archiver {
             shutdown: shutdown.clone(),
         };
         uploaders.spawn(hosts.run());
+        // One that is not required and away keeps nothing from the others.
+        let (mut first, others): (Vec<Target>, Vec<Target>) =
+            targets.iter().cloned().partition(|target| target.required);
+        first.extend(others);
         let predecessors = Predecessors {
             settings: settings.clone(),
             system,
-            targets: targets.clone(),
+            targets: first,
             holder: LeaseHolder { agent, host },
             board: board.clone(),
             shutdown: shutdown.clone(),
@@ -210,7 +216,7 @@ impl Archiver {
             halt: halt.clone(),
             shutdown,
             held_remotely: None,
-            histories_spooled: HashSet::new(),
+            histories_spooled: BTreeMap::new(),
             missing,
             way: Way::Overlapping,
             host: 0,
@@ -239,6 +245,7 @@ impl Archiver {
             tail,
             board,
             live,
+            failing,
             stop_timeout,
             _lock: lock,
         })
@@ -251,15 +258,17 @@ impl Archiver {
 
     /// Waits for the live path to end after the token was cancelled, ships what is durable within the bound, then ends the uploads.
     pub async fn stopped(mut self) {
+        // The live path waits no longer than that either.
+        let deadline = tokio::time::Instant::now() + self.stop_timeout;
         let live = self.live;
         if tokio::task::spawn_blocking(move || live.join()).await.is_err() {
             tracing::error!("the live path's thread could not be joined");
         }
         self.tail.send_the_rest();
-        let deadline = tokio::time::Instant::now() + self.stop_timeout;
         let mut changed = self.backlog.subscribe();
         loop {
-            let (segments, _) = self.backlog.depth();
+            // One that is not required holds the end up only while it takes what it gets.
+            let segments = self.backlog.waiting(&self.failing.names());
             let shipped = self
                 .board
                 .durable()
@@ -301,99 +310,4 @@ async fn blocking<T: Send + 'static>(
 ) -> Result<T, ArchiveError> {
     let done = tokio::task::spawn_blocking(job).await;
     done.map_err(|panic| ArchiveError::Internal { why: panic.to_string() })?
-}
-
-/// Opens the queue and makes it agree with the spool's names and sizes. Contents are read only of files that it does not know.
-fn open_backlog(
-    disk: &Disk,
-    state: &std::path::Path,
-    spool: &Spool,
-    system: SystemIdentifier,
-    size: SegmentSize,
-    repositories: Vec<String>,
-    missing: &Missing,
-) -> Result<Arc<Backlog>, ArchiveError> {
-    let contents = spool.contents(size)?;
-    let files: HashMap<&str, (&SpooledName, u64)> =
-        contents.sealed.iter().map(|(name, length)| (name.relative.as_str(), (name, *length))).collect();
-    let mut entries = Vec::new();
-    let opened = state.parent().map_or(Ok(()), |parent| disk.create_folders(parent));
-    let opened = opened.map_err(|e| QueueError::Open { path: state.into(), why: e.to_string() });
-    let queue = match opened.and_then(|()| Queue::open(disk, state)).and_then(|(queue, opened)| {
-        if let OpenedAs::Fresh { why } = &opened {
-            tracing::info!("the queue is built from the spool: {why}");
-        }
-        for entry in queue.entries_all()? {
-            match files.get(entry.relative.as_str()) {
-                Some((_, length)) if *length == entry.stored_size => entries.push(entry),
-                // The file went first, or is not what was recorded: then it is looked at below.
-                _ => queue.remove(&entry)?,
-            }
-        }
-        Ok(queue)
-    }) {
-        Ok(queue) => Some(queue),
-        // It is an index only: the spool's files are read instead, and it is tried again later (I4).
-        Err(error) => {
-            tracing::warn!(%error, hint = error.hint(), "going on without the queue's records");
-            entries.clear();
-            None
-        }
-    };
-    // A crash may have come between a segment's being set aside and its being fetched again. The live path asks first whether it is
-    // archived since.
-    let spooled: HashSet<SegmentName> = contents.sealed.iter().filter_map(|(name, _)| segment_in(name, size)).collect();
-    missing.extend(spool.quarantined(size)?.into_iter().filter(|segment| !spooled.contains(segment)));
-    let known: HashSet<String> = entries.iter().map(|entry| entry.relative.clone()).collect();
-    let mut found = Vec::new();
-    for (name, length) in contents.sealed.iter().filter(|(name, _)| !known.contains(&name.relative)) {
-        match examine(spool, name, *length, system) {
-            Ok(entry) => found.push(entry),
-            Err(SpoolError::Damaged { path, source }) => {
-                tracing::error!(path = %path.display(), error = %source, "a spooled object is damaged: set aside and fetched again");
-                spool.quarantine(&path)?;
-                missing.extend(segment_in(name, size));
-            }
-            Err(error) => return Err(error.into()),
-        }
-    }
-    if !found.is_empty() {
-        tracing::info!(objects = found.len(), "the spool holds objects that the queue did not know");
-        if let Some(queue) = &queue {
-            queue.insert(&found).unwrap_or_else(|error| tracing::warn!(%error, "the queue's records are not kept"));
-        }
-        entries.extend(found);
-    }
-    let index = Index { disk: disk.clone(), folder: state.into(), queue, retry_at: None };
-    Ok(Arc::new(Backlog::new(index, repositories, entries)))
-}
-
-fn segment_in(name: &SpooledName, size: SegmentSize) -> Option<SegmentName> {
-    let file = name.relative.strip_prefix("wal/")?.split('/').nth(1)?;
-    SegmentName::parse(file.split('.').next()?, size).ok()
-}
-
-/// Reads a spooled object whole and makes its record.
-pub(super) fn examine(
-    spool: &Spool,
-    name: &SpooledName,
-    length: u64,
-    system: SystemIdentifier,
-) -> Result<QueueEntry, SpoolError> {
-    let small = name.relative.ends_with(".history") || name.relative.ends_with(".json");
-    let crc32 = if small {
-        let path = spool.path_of(name);
-        let content = std::fs::read(&path).map_err(|source| SpoolError::Io { what: "read", path, source })?;
-        crc32fast::hash(&content)
-    } else {
-        spool.decode(name, system, |_| Ok(()))?.1
-    };
-    Ok(QueueEntry {
-        timeline: name.timeline.get(),
-        order: name.order,
-        relative: name.relative.clone(),
-        stored_size: length,
-        crc32,
-        stored_in: Vec::new(),
-    })
 }

@@ -3,7 +3,7 @@
 //! The mirror decides. The index saves the next start from reading the spool's contents, so an index that cannot be written stops
 //! nothing: it is set aside and made again, at the latest by the next start (I4).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::Mutex;
@@ -27,6 +27,8 @@ pub struct Backlog {
     index: Mutex<Index>,
     /// Names of all repositories.
     repositories: Vec<String>,
+    /// Those that WAL must be in.
+    required: Vec<String>,
     state: Mutex<State>,
     changed: watch::Sender<u64>,
 }
@@ -36,6 +38,14 @@ struct State {
     entries: BTreeMap<Key, QueueEntry>,
     /// End of the newest sealed segment: what is archived once nothing is pending.
     sealed_end: Option<(u32, Lsn)>,
+}
+
+impl State {
+    /// The newest WAL up to the timeline that is archived now.
+    fn newest(&self) -> Option<&QueueEntry> {
+        let until = self.sealed_end.map_or(u32::MAX, |(timeline, _)| timeline);
+        self.entries.values().filter(|e| e.timeline <= until).rfind(|e| is_wal(e))
+    }
 }
 
 /// The durable side.
@@ -61,11 +71,16 @@ fn is_history(entry: &QueueEntry) -> bool {
     entry.relative.ends_with(".history")
 }
 
+/// A segment, or a timeline's last part.
+fn is_wal(entry: &QueueEntry) -> bool {
+    !is_history(entry) && !entry.relative.starts_with("gaps/")
+}
+
 impl Backlog {
-    pub fn new(index: Index, repositories: Vec<String>, entries: Vec<QueueEntry>) -> Self {
+    pub fn new(index: Index, repositories: Vec<String>, required: Vec<String>, entries: Vec<QueueEntry>) -> Self {
         let entries = entries.into_iter().map(|e| (key(&e), e)).collect();
         let state = Mutex::new(State { entries, sealed_end: None });
-        Self { index: Mutex::new(index), repositories, state, changed: watch::Sender::new(0) }
+        Self { index: Mutex::new(index), repositories, required, state, changed: watch::Sender::new(0) }
     }
 
     pub fn subscribe(&self) -> watch::Receiver<u64> {
@@ -189,13 +204,37 @@ impl Backlog {
         self.repositories.iter().all(|r| holds(entry, r))
     }
 
+    /// Whether it waits for its upload still.
+    pub fn contains(&self, entry: &QueueEntry) -> bool {
+        self.with(|state| state.entries.contains_key(&key(entry)))
+    }
+
+    /// The repositories beside those in `held_in`.
+    pub fn lacking(&self, held_in: &[String]) -> Vec<&str> {
+        self.repositories.iter().filter(|name| !held_in.contains(name)).map(String::as_str).collect()
+    }
+
+    /// WAL that every required repository holds and another one does not, oldest first, until it is `bytes`; but the newest.
+    pub fn releasable(&self, bytes: u64) -> Vec<QueueEntry> {
+        self.with(|state| {
+            let newest = state.newest().map(key);
+            let is_held = |e: &&QueueEntry| !self.is_done(e) && self.required.iter().all(|r| holds(e, r));
+            let may_go = state.entries.values().filter(|e| is_wal(e) && newest.as_ref() != Some(&key(e)));
+            let mut sum = 0_u64;
+            let enough = |entry: &&QueueEntry| {
+                let is_wanted = sum < bytes;
+                sum = sum.saturating_add(entry.stored_size);
+                is_wanted
+            };
+            may_go.filter(is_held).take_while(enough).cloned().collect()
+        })
+    }
+
     /// Objects that every repository holds and that need not stay: all but the newest WAL up to the timeline that is archived now, be
     /// it a segment or a timeline's last part, and a gap right before it.
     pub fn removable(&self) -> Vec<QueueEntry> {
         self.with(|state| {
-            let is_wal = |e: &&QueueEntry| !is_history(e) && !e.relative.starts_with("gaps/");
-            let until = state.sealed_end.map_or(u32::MAX, |(timeline, _)| timeline);
-            let newest = state.entries.values().filter(|e| e.timeline <= until).rfind(is_wal);
+            let newest = state.newest();
             let position = newest.map(|e| (e.timeline, e.order));
             let done = state.entries.values().filter(|e| self.is_done(e));
             let stays = |e: &&QueueEntry| match gap_end(e) {
@@ -207,11 +246,37 @@ impl Backlog {
         })
     }
 
+    /// Whether an object's spool file goes as soon as it is stored: no other repository waits for it, and it is not the newest WAL, which
+    /// stays.
+    pub fn goes_once_stored(&self, entry: &QueueEntry) -> bool {
+        let newest = self.with(|state| state.newest().map(key));
+        self.repositories.len() == 1 && newest != Some(key(entry))
+    }
+
     /// Forgets an entry whose spool file is gone. Blocking.
     pub fn forget(&self, entry: &QueueEntry) {
         self.with(|state| state.entries.remove(&key(entry)));
         self.record(|queue| queue.remove(entry));
         self.tell();
+    }
+
+    /// Objects that wait for a repository, those aside that are not required and in `passed_over`.
+    pub fn waiting(&self, passed_over: &BTreeSet<String>) -> usize {
+        let counts = |name: &&String| self.required.contains(name) || !passed_over.contains(*name);
+        let awaited: Vec<&String> = self.repositories.iter().filter(counts).collect();
+        self.with(|state| state.entries.values().filter(|e| awaited.iter().any(|r| !holds(e, r))).count())
+    }
+
+    /// Forgets an entry whose spool file was lost. Its record stays, so that a start before the bytes have come again knows of it.
+    pub fn lose(&self, entry: &QueueEntry) {
+        self.with(|state| state.entries.remove(&key(entry)));
+        self.tell();
+    }
+
+    /// Whether a spool file has its entry.
+    pub fn knows(&self, name: &SpooledName) -> bool {
+        let key = (name.timeline.get(), name.order, name.relative.clone());
+        self.with(|state| state.entries.contains_key(&key))
     }
 
     /// Objects and bytes that some repository lacks.

@@ -7,12 +7,17 @@ use super::gap::{gap_of, show_gaps, tell_gap};
 use super::uploader::{COVERAGE_QUIET, Covered, QUIET_AFTER, Uploader};
 use crate::repository::{Coverage, ParsedKey, Piece, RepositoryError, RepositoryWriter};
 use crate::seal::Compression;
+use crate::storage::StorageError;
 use crate::wal::{Lsn, PgTime, SegmentName, TimelineId};
+
+/// Segments that are looked at for pieces that a crash left, at most; and without any one after the other.
+const TIDIED_MAX: usize = 256;
+const TIDIED_EMPTY: usize = 4;
 
 impl Uploader {
     /// Whether there is something new to tell. A quiet server's moments are told less often: each is a request.
     pub(super) fn is_coverage_due(&self, covered: &Covered) -> bool {
-        let (Some(until), Some(archived)) = (self.board.complete_until(), self.board.archived()) else { return false };
+        let Some((until, archived)) = self.coverage() else { return false };
         if covered.until.is_some_and(|written| written >= until) {
             return false;
         }
@@ -21,9 +26,16 @@ impl Uploader {
         covered.written.is_none_or(|at: Instant| at.elapsed() >= spacing)
     }
 
+    /// Until when everything is held here, and up to where: never more than the required repositories hold, nor than this one, which
+    /// may lag behind them if it is not required.
+    fn coverage(&self) -> Option<(PgTime, Lsn)> {
+        let archived = self.board.archived()?.min(self.shown.archived()?);
+        Some((self.board.complete_until_at(archived)?, archived))
+    }
+
     /// Tells the repository until when everything is held. A hint for readers, so a failure is only noted.
     pub(super) async fn put_coverage(&self, writer: &RepositoryWriter, covered: Covered) -> Option<(PgTime, Lsn)> {
-        let (complete_until, archived_lsn) = (self.board.complete_until()?, self.board.archived()?);
+        let (complete_until, archived_lsn) = self.coverage()?;
         let timeline = TimelineId::new(self.backlog.sealed_end()?.0).ok()?;
         if covered.until.is_some_and(|written| written >= complete_until) {
             return None;
@@ -57,6 +69,7 @@ impl Uploader {
         if !archive.gaps(self.segment_size).await?.is_empty() {
             show_gaps(&self.board, &archive.catalog().await?);
         }
+        self.board.set_gaps_known();
         if let Some(before) = from.get().checked_sub(self.segment_size.get()) {
             let before = SegmentName::holding(timeline, Lsn::new(before), self.segment_size);
             for compression in [Compression::Lz4, Compression::Zstd] {
@@ -80,36 +93,73 @@ impl Uploader {
         Ok(true)
     }
 
-    /// The pieces that are there of a timeline, by segment. Those whose segment is there whole are removed: the agent that wrote them
-    /// died between the two.
+    /// The first segment of the open one's timeline that is shipped in pieces.
+    pub(super) fn first_tailed(&self) -> Option<SegmentName> {
+        let open = self.tail.segment()?;
+        let tailed = self.tail.segments().into_iter().map(|tailed| tailed.segment);
+        tailed.filter(|segment| segment.timeline() == open.timeline()).chain([open]).min()
+    }
+
+    /// From where on it must be known which pieces are there: that segment, or the first one before it that is not there whole.
+    pub(super) fn pieces_needed(&self) -> Option<SegmentName> {
+        let first = self.first_tailed()?;
+        let timeline = first.timeline();
+        let lacking = self.backlog.first_lacking(self.shown.name()).filter(|(of, _)| *of == timeline.get());
+        let lacking = lacking.map(|(_, start)| SegmentName::holding(timeline, start, self.segment_size));
+        lacking.into_iter().chain([first]).min()
+    }
+
+    /// The pieces that are there of a segment's timeline from that segment on, by segment. What lies before it is stored whole, and may
+    /// be as much as was ever archived, where nobody may delete.
     pub(super) async fn list_pieces(
         &self,
         writer: &RepositoryWriter,
-        timeline: TimelineId,
+        from: SegmentName,
     ) -> Result<Vec<(SegmentName, Vec<Piece>)>, RepositoryError> {
         let archive = writer.archive();
         let mut found: BTreeMap<SegmentName, Vec<Piece>> = BTreeMap::new();
-        for object in archive.list(&archive.keys().tail_timeline_prefix(timeline), None).await? {
+        let prefix = archive.keys().tail_timeline_prefix(from.timeline());
+        // "<segment>" sorts before "<segment>/" and after every key of the segment before it.
+        for object in archive.list(&prefix, Some(&format!("{prefix}{from}"))).await? {
             let parsed = ParsedKey::parse(archive.keys(), &object.key, self.segment_size);
             if let ParsedKey::Piece { segment, start, end, compression } = parsed {
                 let piece = Piece { segment, start, end, compression, stored_bytes: object.size };
                 found.entry(segment).or_default().push(piece);
             }
         }
-        let open = self.tail.segment();
-        for segment in found.keys().filter(|segment| open.is_none_or(|open| **segment < open)) {
-            // Refused by itself unless the whole segment is stored.
-            if let Err(error) = writer.delete_pieces(*segment).await {
-                tracing::debug!(%segment, %error, "tail pieces stay in the repository");
-            }
-        }
         Ok(found.into_iter().collect())
     }
 
-    /// The whole segment has replaced its pieces. Without the right to delete they stay, which does no harm.
-    pub(super) async fn drop_pieces(&self, writer: &RepositoryWriter, segment: SegmentName) {
-        if let Err(error) = writer.delete_pieces(segment).await {
-            tracing::debug!(%segment, %error, "tail pieces stay in the repository");
+    /// Removes pieces whose segment is there whole, of the segments right before `until`: the agent that wrote them died between the
+    /// two. False: it may not delete.
+    pub(super) async fn tidy_pieces(&self, writer: &RepositoryWriter, until: SegmentName) -> bool {
+        let (mut segment, mut empty) = (until, 0);
+        for _ in 0..TIDIED_MAX {
+            let Some(before) = segment.start().get().checked_sub(self.segment_size.get()) else { break };
+            segment = SegmentName::holding(until.timeline(), Lsn::new(before), self.segment_size);
+            match writer.archive().pieces(segment).await {
+                Ok(pieces) if pieces.is_empty() => empty += 1,
+                Ok(_) if !self.drop_pieces(writer, segment).await => return false,
+                Ok(_) => empty = 0,
+                // The next lease brings the next look.
+                Err(_) => break,
+            }
+            if empty == TIDIED_EMPTY {
+                break;
+            }
+        }
+        true
+    }
+
+    /// The whole segment has replaced its pieces. Without the right to delete they stay, which does no harm: then the answer is false.
+    pub(super) async fn drop_pieces(&self, writer: &RepositoryWriter, segment: SegmentName) -> bool {
+        // Refused by itself unless the whole segment is stored.
+        match writer.delete_pieces(segment).await {
+            Ok(_) => true,
+            Err(error) => {
+                tracing::debug!(%segment, %error, "tail pieces stay in the repository");
+                !matches!(error, RepositoryError::Storage(StorageError::Denied { .. }))
+            }
         }
     }
 }

@@ -7,6 +7,7 @@ use super::ArchiveError;
 use super::assembler::{Assembler, AssemblerSettings, Command};
 use super::held::{Held, HeldBytes, HeldPart};
 use super::live::Live;
+use super::records::examine;
 use crate::queue::QueueEntry;
 use crate::spool::{OpenSegment, Spool};
 use crate::wal::{
@@ -113,16 +114,15 @@ impl HeldWal<'_> {
                 Command::Seal { name, frames, .. } => {
                     let file = file.as_mut().expect("begun first");
                     file.finish(&frames)?;
-                    self.spool.name_sealed(file.path(), &name)?;
-                    self.spool.sync_names(&name)?;
-                    let entry = QueueEntry {
-                        timeline: name.timeline.get(),
-                        order: name.order,
-                        relative: name.relative,
-                        stored_size: frames.stored_size,
-                        crc32: frames.object_crc32,
-                        stored_in: Vec::new(),
-                    };
+                    let is_new = self.spool.name_sealed(file.path(), &name)?;
+                    if let Err(error) = self.spool.sync_names(&name) {
+                        if is_new {
+                            self.spool.take_back(&name, file.path());
+                        }
+                        return Err(error.into());
+                    }
+                    // An older file of the same WAL that stays may be compressed otherwise.
+                    let entry = examine(self.spool, &name, self.system)?;
                     closed = Some(Closed { entry, open: open.clone() });
                 }
             }

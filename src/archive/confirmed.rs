@@ -48,14 +48,6 @@ impl ConfirmedWatch {
             std::future::pending().await
         }
     }
-
-    /// Waits until all of them hold everything up to `end` on `timeline`.
-    pub async fn reaches(&mut self, timeline: TimelineId, end: Lsn) {
-        let there = |positions: &Positions| lowest(positions, timeline).is_some_and(|position| position >= end);
-        if self.0.wait_for(there).await.is_err() {
-            std::future::pending().await
-        }
-    }
 }
 
 fn lowest(positions: &Positions, timeline: TimelineId) -> Option<Lsn> {

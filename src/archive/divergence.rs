@@ -25,7 +25,9 @@ pub(super) enum Compared {
     Equal,
     /// From here on.
     Differs(Lsn),
-    /// Nobody holds it here, or the server does not have it any more.
+    /// Nobody holds it, by the word of every repository.
+    NotHeld,
+    /// A repository does not answer, or the server does not have it any more.
     Unknown,
 }
 
@@ -34,6 +36,8 @@ pub(super) struct HeldSegment {
     pub parts: Vec<HeldPart>,
     /// Everything from the segment's start to here is held.
     pub end: Lsn,
+    /// No repository failed to answer.
+    pub is_known: bool,
 }
 
 impl Live {
@@ -47,7 +51,7 @@ impl Live {
         let held = self.held_segment(segment, parts).await?;
         let until = until.min(held.end);
         if until <= segment.start() {
-            return Ok(Compared::Unknown);
+            return Ok(if held.is_known { Compared::NotHeld } else { Compared::Unknown });
         }
         let compared = tokio::time::timeout(COMPARE_LIMIT, self.compare_with_server(segment, until, held.parts));
         let compared = tokio::select! {
@@ -101,6 +105,31 @@ impl Live {
         Ok(Compared::Equal)
     }
 
+    /// Compares what lies before `end` in its segment beside the stream, which compares nothing of it, or so little that two histories
+    /// may have it in common. False if it could not be compared.
+    pub(super) async fn prove_before(
+        &self,
+        timeline: TimelineId,
+        end: Lsn,
+        parts: &[HeldPart],
+    ) -> Result<bool, ArchiveError> {
+        let Some(last) = end.get().checked_sub(1) else { return Ok(true) };
+        let segment = SegmentName::holding(timeline, Lsn::new(last), self.segment_size);
+        match self.compare_segment(segment, end, parts).await? {
+            Compared::Differs(at) => Err(ArchiveError::Diverged { at }),
+            Compared::Unknown => Ok(false),
+            Compared::Equal | Compared::NotHeld => Ok(true),
+        }
+    }
+
+    /// What follows `at` is archived, and nothing proves that it is of the same history.
+    pub(super) fn tell_unproven(&self, at: Lsn) {
+        let message = format!(
+            "what is held before {at} could not be compared with the server's WAL: the server no longer has it, or no repository showed it; a new base backup makes what follows independent of it"
+        );
+        self.board.raise_unproven(at, message);
+    }
+
     /// What is held of a segment: in the parts at hand, in the spool, or in a repository.
     pub(super) async fn held_segment(
         &self,
@@ -111,15 +140,16 @@ impl Live {
         let at_hand: Vec<HeldPart> = parts.iter().filter(inside).cloned().collect();
         if at_hand.first().is_some_and(|part| part.start() == segment.start()) {
             let end = at_hand.last().map_or(segment.start(), HeldPart::end);
-            return Ok(HeldSegment { parts: at_hand, end });
+            return Ok(HeldSegment { parts: at_hand, end, is_known: true });
         }
         for compression in [Compression::Lz4, Compression::Zstd] {
             let name = Spool::segment(segment, compression);
             if self.spool.path_of(&name).exists() {
                 let (start, end) = (segment.start(), segment.end());
-                return Ok(HeldSegment { parts: vec![HeldPart::Spooled { start, end, name }], end });
+                return Ok(HeldSegment { parts: vec![HeldPart::Spooled { start, end, name }], end, is_known: true });
             }
         }
+        let mut is_known = true;
         for (archive, _) in &self.archives {
             let asked = archive.clone();
             let look = self.stores.spawn(async move { stored_parts(&asked, segment).await });
@@ -130,13 +160,17 @@ impl Live {
             match looked {
                 Ok(Ok(Ok(parts))) if !parts.is_empty() => {
                     let end = parts.last().map_or(segment.start(), HeldPart::end);
-                    return Ok(HeldSegment { parts, end });
+                    return Ok(HeldSegment { parts, end, is_known: true });
                 }
-                Ok(Ok(Err(error))) => tracing::debug!(%segment, %error, "what is stored of it is not known"),
-                _ => {}
+                Ok(Ok(Ok(_))) => {}
+                Ok(Ok(Err(error))) => {
+                    is_known = false;
+                    tracing::debug!(%segment, %error, "what is stored of it is not known");
+                }
+                Ok(Err(_)) | Err(_) => is_known = false,
             }
         }
-        Ok(HeldSegment { parts: Vec::new(), end: segment.start() })
+        Ok(HeldSegment { parts: Vec::new(), end: segment.start(), is_known })
     }
 
     /// Where the two histories part, given that `at` differs: from the segment with `at` back to one that is equal. Bounded; what was
@@ -172,8 +206,8 @@ impl Live {
                 }
                 Ok(Compared::Equal) => equal = Some(start),
                 // Not at hand any more on one of the two sides: nearer ones may be.
-                Ok(Compared::Unknown) if back > 1 => equal = Some(start),
-                Ok(Compared::Unknown) | Err(_) => return,
+                Ok(Compared::NotHeld | Compared::Unknown) if back > 1 => equal = Some(start),
+                Ok(Compared::NotHeld | Compared::Unknown) | Err(_) => return,
             }
         }
     }
@@ -185,7 +219,7 @@ impl Live {
         let segment = SegmentName::holding(held.timeline, Lsn::new(last), self.segment_size);
         match self.compare_segment(segment, server, &held.parts).await {
             Ok(Compared::Differs(at)) => ArchiveError::Diverged { at },
-            Ok(Compared::Equal | Compared::Unknown) => behind,
+            Ok(Compared::Equal | Compared::NotHeld | Compared::Unknown) => behind,
             Err(error) => error,
         }
     }
@@ -203,7 +237,9 @@ impl Live {
             }
             return match self.compare_segment(segment, ancestor.switch, &[]).await? {
                 Compared::Differs(at) => Err(ArchiveError::Diverged { at }),
-                Compared::Equal | Compared::Unknown => Ok(Some((ancestor.timeline, ancestor.switch))),
+                Compared::Equal | Compared::NotHeld | Compared::Unknown => {
+                    Ok(Some((ancestor.timeline, ancestor.switch)))
+                }
             };
         }
         Ok(None)
@@ -214,7 +250,8 @@ impl Live {
         let Some(before) = position.get().checked_sub(self.segment_size.get()) else { return (None, None) };
         let segment = SegmentName::holding(timeline, Lsn::new(before), self.segment_size);
         let Ok(held) = self.held_segment(segment, &[]).await else { return (None, None) };
-        let header = match held.parts.first() {
+        // Where it is held in pieces, the last one knows of all.
+        let header = match held.parts.last() {
             Some(HeldPart::Spooled { name, .. }) => self.spool.read_header(name, self.system).ok(),
             Some(HeldPart::Stored { object, archive, .. }) => {
                 let (object, archive) = (*object, archive.clone());

@@ -1,6 +1,6 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use tokio::sync::watch;
 
@@ -43,6 +43,8 @@ pub enum ArchiveError {
     NotOurTurn,
     #[error("the server ended the stream")]
     StreamEnded,
+    #[error("the server shuts down and waits for WAL to be confirmed that cannot be confirmed now")]
+    ServerStops,
     #[error("the server sent WAL from {found} where {expected} follows")]
     Jump { expected: Lsn, found: Lsn },
     #[error("the server's WAL differs from what is held, first at {at}: it has another history")]
@@ -59,6 +61,8 @@ pub enum ArchiveError {
     OtherCluster { found: SystemIdentifier, expected: SystemIdentifier },
     #[error("slot \"{name}\" does not exist and postgres.create_slot is false")]
     NoSlot { name: String },
+    #[error("slot \"{name}\" does not keep the WAL that is needed ({why}), and postgres.create_slot is false")]
+    SlotUseless { name: String, why: String },
     #[error("slot \"{name}\" is a logical one")]
     LogicalSlot { name: String },
     #[error("{url} does not honour conditional writes, so another writer could not be noticed")]
@@ -103,6 +107,7 @@ impl ArchiveError {
             Self::Assemble(_)
             | Self::Silent { .. }
             | Self::StreamEnded
+            | Self::ServerStops
             | Self::FetchAgain
             | Self::CutAgain
             | Self::NotOurTurn
@@ -110,9 +115,8 @@ impl ArchiveError {
             | Self::Unadopted { .. }
             | Self::Jump { .. } => NextStep::Retry,
             // A standby that has not caught up is waited for.
-            Self::Behind { .. } | Self::OlderTimeline { .. } | Self::NoSlot { .. } | Self::LogicalSlot { .. } => {
-                NextStep::Retry
-            }
+            Self::Behind { .. } | Self::OlderTimeline { .. } => NextStep::Retry,
+            Self::NoSlot { .. } | Self::SlotUseless { .. } | Self::LogicalSlot { .. } => NextStep::Retry,
             Self::Remove { .. } | Self::Read { .. } | Self::NotThere { .. } | Self::Stopping | Self::Wal(_) => {
                 NextStep::Retry
             }
@@ -143,6 +147,9 @@ impl ArchiveError {
             Self::Silent { .. } | Self::StreamEnded => {
                 "check the network between here and the server; the connection is made again"
             }
+            Self::ServerStops => {
+                "nothing: it is let go, and its slot keeps the WAL; the connection is made again once the server is up"
+            }
             Self::Diverged { .. } | Self::OtherHistory { .. } | Self::OtherBranch { .. } => {
                 "nothing of it is archived: connect to the right server, or archive this one under another archive.cluster"
             }
@@ -157,6 +164,9 @@ impl ArchiveError {
             }
             Self::NoSlot { .. } => {
                 "create it with pg_create_physical_replication_slot(name, true), or set postgres.create_slot = true"
+            }
+            Self::SlotUseless { .. } => {
+                "drop it with pg_drop_replication_slot(name), create it anew with pg_create_physical_replication_slot(name, true), and take a base backup if a gap is told then"
             }
             Self::LogicalSlot { .. } => "choose another postgres.slot",
             Self::NoConditions { .. } => {
@@ -230,21 +240,35 @@ impl Halt {
     }
 }
 
-/// Segments that were held and are not any more: the live path asks the server for them again.
+/// What was held and is not any more: the live path asks the server for it again.
 #[derive(Clone, Debug)]
-pub struct Missing(Arc<watch::Sender<BTreeSet<SegmentName>>>);
+pub struct Missing {
+    segments: Arc<watch::Sender<BTreeSet<SegmentName>>>,
+    histories: Arc<Mutex<BTreeSet<TimelineId>>>,
+}
 
 impl Default for Missing {
     fn default() -> Self {
-        Self(Arc::new(watch::Sender::new(BTreeSet::new())))
+        Self { segments: Arc::new(watch::Sender::new(BTreeSet::new())), histories: Arc::default() }
     }
 }
 
 impl Missing {
     pub fn add(&self, segment: SegmentName) {
-        self.0.send_modify(|missing| {
+        self.segments.send_modify(|missing| {
             missing.insert(segment);
         });
+    }
+
+    /// A history file was lost: the stream begins again, and with it the look at the server's chain.
+    pub fn add_history(&self, timeline: TimelineId) {
+        self.histories.lock().expect("no one panics while holding it").insert(timeline);
+        self.segments.send_modify(|_| {});
+    }
+
+    /// Those that were lost since the last call.
+    pub fn take_histories(&self) -> BTreeSet<TimelineId> {
+        std::mem::take(&mut *self.histories.lock().expect("no one panics while holding it"))
     }
 
     pub fn extend(&self, segments: impl IntoIterator<Item = SegmentName>) {
@@ -252,8 +276,16 @@ impl Missing {
     }
 
     pub fn remove(&self, segment: SegmentName) {
-        self.0.send_if_modified(|missing| {
+        self.segments.send_if_modified(|missing| {
             missing.remove(&segment);
+            false
+        });
+    }
+
+    /// `[from, to)` of a timeline is told as a gap, and what comes before `from` is held: nothing in it is waited for any more.
+    pub fn is_told(&self, timeline: TimelineId, from: Lsn, to: Lsn) {
+        self.segments.send_if_modified(|missing| {
+            missing.retain(|segment| segment.timeline() != timeline || segment.end() <= from || segment.end() > to);
             false
         });
     }
@@ -264,10 +296,15 @@ impl Missing {
     }
 
     pub fn first(&self, timeline: TimelineId) -> Option<SegmentName> {
-        self.0.borrow().iter().find(|segment| segment.timeline() == timeline).copied()
+        self.segments.borrow().iter().find(|segment| segment.timeline() == timeline).copied()
+    }
+
+    /// Those of timelines before this one.
+    pub fn before(&self, timeline: TimelineId) -> Vec<SegmentName> {
+        self.segments.borrow().iter().filter(|segment| segment.timeline() < timeline).copied().collect()
     }
 
     pub fn subscribe(&self) -> watch::Receiver<BTreeSet<SegmentName>> {
-        self.0.subscribe()
+        self.segments.subscribe()
     }
 }

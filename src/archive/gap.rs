@@ -8,13 +8,13 @@ use super::assembler::AssemblerSettings;
 use super::held::{Held, Reach};
 use super::live::{Live, Way, small_entry};
 use super::start::Start;
-use crate::postgres::{PostgresError, ReplicationConnection, SlotState, Sql, StartOutcome, WalMessage};
+use crate::postgres::{PostgresError, ReplicationConnection, StartOutcome, WalMessage};
 use crate::queue::QueueEntry;
 use crate::repository::{Archive, Catalog, Gap, RepositoryError};
 use crate::seal::Compression;
 use crate::spool::Spool;
 use crate::telemetry::{Board, CauseCode, GapFact};
-use crate::wal::{Lsn, PgTime, SegmentName, SystemIdentifier, TimelineId};
+use crate::wal::{Lsn, PgTime, SegmentName, SegmentSize, SystemIdentifier, TimelineHistory, TimelineId};
 
 /// How long a store may take to say what it holds before a gap is recorded without its word.
 const ASK_LIMIT: Duration = Duration::from_secs(15);
@@ -35,39 +35,49 @@ impl Live {
         why: &str,
         slot_lost: bool,
     ) -> Result<Start, ArchiveError> {
+        if slot_lost {
+            // It keeps nothing, but the server may have the WAL all the same: a new slot keeps that while it is looked for.
+            self.board.raise(CauseCode::SlotLost, self.made_anew(why));
+            self.renew_slot(connection, why).await?;
+            if let Some(position) = self.comes_after_all(&start).await? {
+                tracing::warn!(%position, "the slot was lost, but the server still has the WAL");
+                return Ok(self.start_at(start, position));
+            }
+        }
         if let Some(segment) = self.missing.first(start.timeline).filter(|segment| segment.start() == start.position) {
             self.missing.remove(segment);
-            if !self.is_archived(segment).await {
-                let reason = "it was lost from the spool and from the server";
-                self.record_gap(start.timeline, segment.start(), segment.end(), reason, Vec::new())?;
+            let held_in = self.archived_in(segment).await;
+            if held_in.len() < self.archives.len() {
+                let reason = match held_in.is_empty() {
+                    true => "it was lost from the spool and from the server",
+                    false => "only some repositories hold it: it was lost from the spool and from the server",
+                };
+                self.record_gap(start.timeline, segment.start(), segment.end(), reason, held_in)?;
             }
             self.way = Way::Overlapping;
             return Err(ArchiveError::FetchAgain);
         }
         if !slot_lost && let Some(position) = self.comes_after_all(&start).await? {
             tracing::warn!(%position, "the server has the WAL after all, which it had called removed a moment ago");
-            return Ok(Start { position, ..start });
+            return Ok(self.start_at(start, position));
         }
         if self.go_on_behind_repositories(connection, &start).await? {
             self.way = Way::Overlapping;
             return Err(ArchiveError::FetchAgain);
         }
         let mut slot = self.slot_position(connection).await?;
-        let useless = slot_lost || slot.is_none_or(|reserved| self.segment_size.start_of(reserved) <= start.held_end);
-        if useless && !self.settings.create_slot {
-            return Err(ArchiveError::NoSlot { name: self.settings.slot.clone() });
-        }
-        if useless {
+        let is_useless = |reserved: Lsn| self.segment_size.start_of(reserved) <= start.held_end;
+        if !slot_lost && slot.is_none_or(is_useless) {
             // It was invalidated, or stands where the server has no WAL any more: a new one reserves what there is.
-            let message = format!("slot \"{}\" did not keep the WAL ({why}); it is made anew", self.settings.slot);
-            self.board.raise(CauseCode::SlotLost, message);
-            connection.drop_slot(&self.settings.slot).await?;
-            slot = self.slot_position(connection).await?;
+            self.board.raise(CauseCode::SlotLost, self.made_anew(why));
+            slot = self.renew_slot(connection, why).await?;
         }
         let info = connection.identify_system().await?;
         // The segment with the slot's position is whole on the server.
         let behind = self.segment_size.start_of(slot.unwrap_or(info.flush_lsn));
         if behind <= start.held_end {
+            // So the server has what follows: this slot is a good one, and is begun with as always.
+            self.way = Way::Overlapping;
             return Err(ArchiveError::WalGone { why: why.into() });
         }
         let held = Held {
@@ -80,8 +90,12 @@ impl Live {
             open_record: start.open_record,
         };
         self.seal_partial(settings, &held, start.held_end).await?;
-        self.record_gap(start.timeline, start.held_end, behind, why, Vec::new())?;
         let history = self.history(connection, info.timeline).await?;
+        for (timeline, from, to) in
+            by_timeline(history.as_ref(), start.timeline, (start.held_end, behind), self.segment_size)
+        {
+            self.record_gap(timeline, from, to, why, Vec::new())?;
+        }
         let timeline = history.map_or(info.timeline, |history| history.timeline_at(behind));
         Ok(Start {
             timeline,
@@ -93,20 +107,6 @@ impl Live {
             max_time: start.max_time,
             open_record: None,
         })
-    }
-
-    /// Where the slot holds WAL from; made if it is not there. Before 15 only SQL tells it: without, a slot that is good may be made
-    /// anew, and the gap be larger than it had to be.
-    async fn slot_position(&self, connection: &mut ReplicationConnection) -> Result<Option<Lsn>, ArchiveError> {
-        if let Some(position) = self.ensure_slot(connection).await? {
-            return Ok(Some(position));
-        }
-        let connect = self.settings.connect.this_host(self.host);
-        let asked = Sql::slot_state(&connect, &self.settings.slot);
-        match tokio::time::timeout(ASK_LIMIT, asked).await {
-            Ok(SlotState::Exists { restart_lsn, .. }) => Ok(restart_lsn),
-            _ => Ok(None),
-        }
     }
 
     /// A gap is for good, and the slot that is dropped then may hold the WAL: so the server is asked again, some moments later, on a
@@ -195,14 +195,15 @@ impl Live {
         Ok(true)
     }
 
-    /// Whether some repository is seen to hold the segment after all.
-    async fn is_archived(&self, segment: SegmentName) -> bool {
+    /// The repositories that are seen to hold the segment after all.
+    async fn archived_in(&self, segment: SegmentName) -> Vec<String> {
+        let mut names = Vec::new();
         for (archive, _) in &self.archives {
             if self.is_archived_in(archive, segment).await {
-                return true;
+                names.push(archive.repository().name().to_owned());
             }
         }
-        false
+        names
     }
 
     async fn is_archived_in(&self, archive: &Archive, segment: SegmentName) -> bool {
@@ -258,6 +259,7 @@ impl Live {
             let name = self.spool.write_small(name, &content)?;
             self.backlog.insert(&[QueueEntry { stored_in: held_in, ..small_entry(&name, &content) }]);
         }
+        self.missing.is_told(timeline, from, to);
         tell_gap(&self.board, &gap);
         Ok(())
     }
@@ -273,6 +275,26 @@ impl Live {
         self.backlog.insert(&[closed.entry]);
         Ok(self.spool.remove_open(&closed.open)?)
     }
+}
+
+/// A gap that reaches over the ends of timelines, by timeline: readers look for it on the one that a segment is of.
+fn by_timeline(
+    history: Option<&TimelineHistory>,
+    mut timeline: TimelineId,
+    (mut from, to): (Lsn, Lsn),
+    size: SegmentSize,
+) -> Vec<(TimelineId, Lsn, Lsn)> {
+    let mut parts = Vec::new();
+    while let Some(history) = history
+        && let Some((_, Some(switch))) = history.range_of(timeline)
+        && switch < to
+    {
+        parts.push((timeline, from, switch));
+        timeline = history.timeline_at(switch);
+        from = size.start_of(switch);
+    }
+    parts.push((timeline, from, to));
+    parts
 }
 
 pub fn gap_of(system: SystemIdentifier, timeline: TimelineId, from: Lsn, to: Lsn, reason: &str) -> Gap {
@@ -295,14 +317,45 @@ pub fn tell_gap(board: &Board, gap: &Gap) {
     board.raise(CauseCode::Gap, message);
 }
 
-/// Shows the gaps of an archive at the start of the agent. Those with a backup behind them are history: shown, no alarm.
+/// Shows the gaps of an archive at the start of the agent. Those that the present branch has a backup behind are history: shown, no
+/// alarm. As long as the branch is not known, they are no history.
 pub fn show_gaps(board: &Board, catalog: &Catalog) {
+    let branch = board.course().0.or(catalog.current_timeline()).and_then(|timeline| catalog.history(timeline));
+    let is_past = |gap: &Gap| {
+        let on_branch = |branch| catalog.is_past(branch, gap.timeline, (gap.from_lsn, gap.to_lsn));
+        branch.as_ref().is_some_and(on_branch)
+    };
     for gap in catalog.open_gaps() {
-        if catalog.backups.iter().any(|backup| backup.start_lsn >= gap.to_lsn) {
+        if is_past(&gap) {
             let Gap { timeline, from_lsn, to_lsn, since, reason, .. } = gap;
             board.add_gap(GapFact { timeline, from_lsn, to_lsn, since, reason });
         } else {
             tell_gap(board, &gap);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// It was recorded on the old timeline whole, where nobody looks for the segments of the new one (I3).
+    #[test]
+    fn a_gap_over_a_switch_is_told_on_both_timelines() {
+        let (one, two, three) = (TimelineId::FIRST, TimelineId::new(2).unwrap(), TimelineId::new(3).unwrap());
+        let size = SegmentSize::new(1 << 20).unwrap();
+        let history = TimelineHistory::parse(three, b"1\t0/2080000\tx\n2\t0/4000000\tx\n").unwrap();
+        let split = |from: u64, to: u64| by_timeline(Some(&history), one, (Lsn::new(from), Lsn::new(to)), size);
+        let lsn = Lsn::new;
+        assert_eq!(split(0x100_0000, 0x200_0000), [(one, lsn(0x100_0000), lsn(0x200_0000))]);
+        assert_eq!(
+            split(0x100_0000, 0x500_0000),
+            [
+                (one, lsn(0x100_0000), lsn(0x208_0000)),
+                (two, lsn(0x200_0000), lsn(0x400_0000)),
+                (three, lsn(0x400_0000), lsn(0x500_0000)),
+            ]
+        );
+        assert_eq!(by_timeline(None, one, (lsn(1), lsn(9)), size), [(one, lsn(1), lsn(9))]);
     }
 }

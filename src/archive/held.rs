@@ -491,4 +491,4 @@ fn read_part(
 
 #[cfg(test)]
 #[path = "held_tests.rs"]
-mod tests;
+pub(super) mod tests;

@@ -5,13 +5,13 @@ use crate::seal::{Checksum, Compression, Encoder, ObjectKind};
 use crate::spool::{Mark, OpenSegment};
 use crate::wal::Summary;
 
-const SYSTEM: SystemIdentifier = SystemIdentifier::new(7);
+pub(in crate::archive) const SYSTEM: SystemIdentifier = SystemIdentifier::new(7);
 
-fn size() -> SegmentSize {
+pub(in crate::archive) fn size() -> SegmentSize {
     SegmentSize::new(1 << 20).unwrap()
 }
 
-fn segment(number: u64) -> SegmentName {
+pub(in crate::archive) fn segment(number: u64) -> SegmentName {
     SegmentName::holding(TimelineId::FIRST, Lsn::new(number << 20), size())
 }
 
@@ -27,20 +27,24 @@ fn body(length: usize) -> (Vec<u8>, Checksum) {
     (body, checksum)
 }
 
-/// A whole segment, flushed, killed before it had its name.
-fn finish(spool: &Spool, segment: SegmentName) -> PathBuf {
-    let (mut body, raw) = body(1 << 20);
-    body.extend_from_slice(Encoder::suffix(Compression::Lz4));
-    let path = spool.open_path(segment, Compression::Lz4);
-    let mut file = OpenSegment::create(spool.disk(), &path).unwrap();
-    file.append(&body).unwrap();
-    let settings = AssemblerSettings {
+pub(in crate::archive) fn settings() -> AssemblerSettings {
+    AssemblerSettings {
         system: SYSTEM,
         segment_size: size(),
         server_version: None,
         compression: Compression::Lz4,
         compression_level: 0,
-    };
+    }
+}
+
+/// A whole segment, flushed, killed before it had its name.
+pub(in crate::archive) fn finish(spool: &Spool, segment: SegmentName) -> PathBuf {
+    let (mut body, raw) = body(1 << 20);
+    body.extend_from_slice(Encoder::suffix(Compression::Lz4));
+    let path = spool.open_path(segment, Compression::Lz4);
+    let mut file = OpenSegment::create(spool.disk(), &path).unwrap();
+    file.append(&body).unwrap();
+    let settings = settings();
     let crc = crc32fast::hash(&body);
     let header = header_of(&settings, segment, ObjectKind::Segment, 0, raw, Summary::default(), crc, 0);
     file.finish(&header.frame(body.len() as u64)).unwrap();
@@ -89,6 +93,19 @@ fn a_finished_segment_without_a_name_counts_and_looking_removes_nothing() {
     let after = find_in_spool(&spool, SYSTEM, size()).unwrap();
     assert_eq!(after.held.unwrap().end, Lsn::new(segment(3).start().get() + 300_000));
     assert_eq!(after.useless, Vec::<PathBuf>::new());
+}
+
+/// Cut short below its header it was an I/O error, which is tried again for ever; it is damage, which is set aside (D4).
+#[test]
+fn a_sealed_file_that_is_shorter_than_its_header_is_damaged() {
+    let folder = tempfile::tempdir().unwrap();
+    let spool = Spool::open(Disk::default(), &folder.path().join("spool"), "main", SYSTEM).unwrap();
+    finish(&spool, segment(1));
+    name_finished(&spool, SYSTEM, size()).unwrap();
+    let name = Spool::segment(segment(1), Compression::Lz4);
+    std::fs::File::options().write(true).open(spool.path_of(&name)).unwrap().set_len(100).unwrap();
+    let found = find_in_spool(&spool, SYSTEM, size());
+    assert!(matches!(found, Err(ArchiveError::Spool(SpoolError::Damaged { .. }))), "{found:?}");
 }
 
 #[test]

@@ -35,14 +35,10 @@ impl Live {
                 _ => tracing::debug!(%timeline, "the stored history file is not known"),
             }
         }
-        if let Some(other) = held.into_iter().flatten().find(|other| other != content) {
-            let at = match (TimelineHistory::parse(timeline, content), TimelineHistory::parse(timeline, &other)) {
-                (Ok(ours), Ok(theirs)) => parting(&ours, &theirs),
-                _ => Lsn::ZERO,
-            };
-            return Err(ArchiveError::OtherHistory { timeline: timeline.get(), at });
+        match held.into_iter().flatten().find(|other| other != content) {
+            Some(other) => Err(other_history(timeline, content, &other)),
+            None => Ok(()),
         }
-        Ok(())
     }
 
     /// The same for a timeline of the server and all before it, storing nothing.
@@ -79,6 +75,27 @@ impl Live {
         None
     }
 
+    /// All that the spool and the repositories have, of those repositories that answer.
+    pub(super) async fn stored_histories(&self) -> Vec<TimelineHistory> {
+        let mut histories = Vec::new();
+        for (name, _) in self.spool.contents(self.segment_size).map(|contents| contents.sealed).unwrap_or_default() {
+            if name.relative.ends_with(".history")
+                && let Ok(content) = std::fs::read(self.spool.path_of(&name))
+            {
+                histories.extend(TimelineHistory::parse(name.timeline, &content));
+            }
+        }
+        for (archive, _) in &self.archives {
+            let asked = archive.clone();
+            let asked = self.stores.spawn(async move { asked.catalog().await });
+            match tokio::time::timeout(ASK_LIMIT, asked).await {
+                Ok(Ok(Ok(catalog))) => histories.extend(catalog.timelines.into_values().filter_map(|wal| wal.history)),
+                _ => tracing::debug!("the stored history files are not known"),
+            }
+        }
+        histories
+    }
+
     pub(super) async fn history(
         &self,
         connection: &mut ReplicationConnection,
@@ -100,23 +117,39 @@ impl Live {
     ) -> Result<(), ArchiveError> {
         let Some(chain) = self.history(connection, last).await? else { return Ok(()) };
         let mut answering: Vec<Archive> = self.archives.iter().map(|(archive, _)| archive.clone()).collect();
+        for lost in self.missing.take_histories() {
+            self.histories_spooled.remove(&lost);
+        }
         for timeline in timelines_of(&chain) {
-            if self.histories_spooled.contains(&timeline) {
-                continue;
-            }
-            match connection.timeline_history(timeline).await? {
-                Some(content) => {
+            // Asked for each time: the next server that is reached may have another one under the same number.
+            let content = connection.timeline_history(timeline).await?;
+            match (content, self.histories_spooled.get(&timeline)) {
+                (Some(content), Some(spooled)) if content != *spooled => {
+                    return Err(other_history(timeline, &content, spooled));
+                }
+                (_, Some(_)) => {}
+                (Some(content), None) => {
                     self.refuse_other_history(timeline, &content, &mut answering).await?;
                     let name = self.spool.write_small(Spool::history(timeline), &content)?;
                     self.backlog.insert(&[small_entry(&name, &content)]);
-                    self.histories_spooled.insert(timeline);
+                    self.histories_spooled.insert(timeline, content);
                 }
                 // The newest one has the whole chain.
-                None => tracing::info!(%timeline, streaming = %first, "the server no longer has this history file"),
+                (None, None) => {
+                    tracing::info!(%timeline, streaming = %first, "the server no longer has this history file")
+                }
             }
         }
         Ok(())
     }
+}
+
+fn other_history(timeline: TimelineId, ours: &[u8], theirs: &[u8]) -> ArchiveError {
+    let at = match (TimelineHistory::parse(timeline, ours), TimelineHistory::parse(timeline, theirs)) {
+        (Ok(ours), Ok(theirs)) => parting(&ours, &theirs),
+        _ => Lsn::ZERO,
+    };
+    ArchiveError::OtherHistory { timeline: timeline.get(), at }
 }
 
 /// Those with a history file, oldest first.

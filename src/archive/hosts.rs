@@ -13,7 +13,7 @@ use super::ArchiveError;
 use super::live::LiveSettings;
 use crate::postgres::{CreateOutcome, PostgresError, ReplicationConnection, SlotState, Sql, StartOutcome};
 use crate::telemetry::{Board, CauseCode};
-use crate::wal::{Lsn, SegmentSize, SystemIdentifier, TimelineId};
+use crate::wal::{Lsn, PAGE_SIZE, SegmentSize, SystemIdentifier, TimelineId};
 
 /// How often the other hosts are looked at.
 const INTERVAL: Duration = Duration::from_secs(10);
@@ -154,10 +154,11 @@ impl OtherHosts {
         self.board.raise(CauseCode::FailoverGap, message);
     }
 
-    /// The start of the segment that must stay: of the one that would be compared at the next connection.
+    /// The start of the segment that must stay: of the one that would be compared at the next connection. In a segment's first page
+    /// that is the one before.
     fn position(&self, flush: Lsn) -> Option<Lsn> {
         let durable = if self.settings.durable_in_repository { self.board.archived() } else { self.board.durable() };
-        let last = durable?.min(flush).get().checked_sub(1)?;
+        let last = durable?.min(flush).get().checked_sub(PAGE_SIZE as u64)?;
         Some(self.segment_size.start_of(Lsn::new(last))).filter(|position| !position.is_zero())
     }
 }

@@ -133,6 +133,11 @@ pub(super) async fn check_stores(
             let error = tokio::select! {
                 looked = looked => match looked {
                     None => break,
+                    // What is wrong with one that is not required is told by its uploader, which stops alone.
+                    Some(Ok(answer)) if !target.required => {
+                        adopted |= answer.adopted;
+                        break;
+                    }
                     Some(Ok(answer)) => {
                         if let Some(expected) = answer.kept_by {
                             return Err(ArchiveError::OtherCluster { found: system, expected });

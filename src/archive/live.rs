@@ -1,6 +1,6 @@
 //! Connects, finds where to go on, streams, and begins again: the supervisor of the live loop, on the live path's own thread.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,15 +16,17 @@ use super::held::{
 };
 use super::hosts::Streaming;
 use super::receiver::{Receiver, SessionEnd};
+use super::records::unrecorded;
 use super::sealer::{DiskSide, SpoolBounds};
+use super::slot::KEPT_NOTHING;
 use super::start::Start;
 use super::tail::Tail;
 use super::turn::Turn;
 use super::{ArchiveError, Halt, Missing};
 use crate::failure::NextStep;
 use crate::postgres::{
-    ConnectSettings, CreateOutcome, ReplicationConnection, SlotState, StartOutcome, WalStream, names_standby,
-    shown_duration,
+    ConnectSettings, CreateOutcome, PostgresError, ReplicationConnection, SlotState, StartOutcome, WalStream,
+    names_standby, shown_duration,
 };
 use crate::queue::QueueEntry;
 use crate::repository::{Archive, PieceChain};
@@ -54,8 +56,6 @@ pub struct LiveSettings {
     /// What becomes of commits that wait for them too long.
     pub on_delay: OnDelay,
     pub max_delay: Duration,
-    /// The agent's name in `synchronous_standby_names`.
-    pub application_name: String,
     /// How long a stopping agent may still ship.
     pub stop_timeout: Duration,
     /// How often the open segment's new bytes are made durable once the agent has caught up.
@@ -92,7 +92,8 @@ pub struct Live {
     pub shutdown: CancellationToken,
     /// What a repository holds beyond the spool, when that was found out.
     pub held_remotely: Option<Held>,
-    pub histories_spooled: HashSet<TimelineId>,
+    /// History files that this process has spooled, as the server sent them.
+    pub histories_spooled: BTreeMap<TimelineId, Vec<u8>>,
     pub missing: Missing,
     pub way: Way,
     /// Which of the settings' hosts was reached last.
@@ -118,7 +119,20 @@ pub enum Way {
 
 impl Live {
     /// Runs until the shutdown or until archiving is stopped. Owns its thread: `runtime` is a current-thread one.
-    pub async fn run(mut self) {
+    pub async fn run(self) {
+        let (board, halt) = (self.board.clone(), self.halt.clone());
+        self.stream_on().await;
+        // Whoever found the reason, nothing streams any more; what it was is told under its own cause.
+        if let Some(reason) = halt.reason()
+            && !board.is_raised(CauseCode::NotConnected)
+        {
+            let is_told = matches!(*reason, ArchiveError::Refused { .. });
+            let why = if is_told { reason.describe() } else { format!("archiving is stopped: {}", reason.describe()) };
+            board.set_disconnected(format!("{why}; {}", reason.hint()));
+        }
+    }
+
+    async fn stream_on(mut self) {
         let mut backoff = Backoff::new(self.settings.retry_delay_max);
         loop {
             if self.shutdown.is_cancelled() || self.halt.reason().is_some() {
@@ -180,9 +194,13 @@ impl Live {
             }
             ArchiveError::OtherBranch { .. } => self.board.raise(CauseCode::Diverged, message.clone()),
             ArchiveError::OtherCluster { .. } => self.board.raise(CauseCode::OtherCluster, message.clone()),
-            ArchiveError::NoSlot { .. } | ArchiveError::LogicalSlot { .. } => {
+            // Before PostgreSQL 15 only the start of the stream tells it.
+            ArchiveError::NoSlot { .. }
+            | ArchiveError::LogicalSlot { .. }
+            | ArchiveError::Postgres(PostgresError::SlotMissing { .. } | PostgresError::SlotNotPhysical { .. }) => {
                 self.board.raise(CauseCode::SlotMissing, message.clone());
             }
+            ArchiveError::SlotUseless { .. } => self.board.raise(CauseCode::SlotLost, message.clone()),
             ArchiveError::Disk(_) | ArchiveError::Spool(_) | ArchiveError::Queue(_) | ArchiveError::FetchAgain => {
                 self.board.raise(CauseCode::SpoolFailing, message.clone());
             }
@@ -209,10 +227,17 @@ impl Live {
 
     async fn session(&mut self) -> Result<SessionEnd, ArchiveError> {
         let shutdown = self.shutdown.clone();
-        let mut connection = tokio::select! {
-            connection = self.connect() => connection?,
+        // A server that hangs must not hold up the end.
+        let (connection, start, settings, status_interval) = tokio::select! {
+            prepared = self.prepare() => prepared?,
             () = shutdown.cancelled() => return Err(ArchiveError::Stopping),
         };
+        self.stream(connection, start, settings, status_interval).await
+    }
+
+    /// Everything that comes before the stream.
+    async fn prepare(&mut self) -> Result<(ReplicationConnection, Start, AssemblerSettings, Duration), ArchiveError> {
+        let mut connection = self.connect().await?;
         let info = connection.identify_system().await?;
         if info.system_identifier != self.system {
             return Err(ArchiveError::OtherCluster { found: info.system_identifier, expected: self.system });
@@ -236,18 +261,23 @@ impl Live {
         };
         let names = connection.show("synchronous_standby_names").await?;
         // Until SQL tells the standby's state: a commit may wait already.
-        self.board.set_waited_for(names_standby(&names, &self.settings.application_name));
-        let slot = self.ensure_slot(&mut connection).await?;
-        self.slot_at = slot.unwrap_or(Lsn::ZERO);
+        self.board.set_waited_for(names_standby(&names, self.settings.connect.application_name()));
+        let (slot, is_anew) = self.reserve(&mut connection).await?;
         self.wal.send_replace(Some(assembler_settings.clone()));
         let held = self.held().await?;
+        if let Some(held) = &held {
+            self.settle_left(held.timeline).await?;
+            if is_anew {
+                self.board.raise(CauseCode::SlotLost, self.made_anew(KEPT_NOTHING));
+            }
+        }
         let start = match held {
             None => self.first_start(&mut connection, &info, slot).await?,
             Some(held) => self.next_start(&mut connection, &info, held, &assembler_settings).await?,
         };
         let start = self.by_way(&mut connection, start, &assembler_settings).await?;
         self.store_histories(&mut connection, start.timeline, info.timeline).await?;
-        self.stream(connection, start, assembler_settings, status_interval).await
+        Ok((connection, start, assembler_settings, status_interval))
     }
 
     /// The contiguous WAL that is held. A spool that is empty (a new host) or older than the repositories (another agent archived
@@ -270,6 +300,10 @@ impl Live {
         let finished = name_finished(&self.spool, self.system, self.segment_size)?;
         if !finished.is_empty() {
             self.backlog.insert(&finished);
+        }
+        let unrecorded = unrecorded(&self.spool, &self.backlog, self.system, self.segment_size)?;
+        if !unrecorded.is_empty() {
+            self.backlog.insert(&unrecorded);
         }
         let InSpool { held, useless } = find_in_spool(&self.spool, self.system, self.segment_size)?;
         useless.iter().try_for_each(|path| self.spool.remove_open(path))?;
@@ -331,7 +365,7 @@ impl Live {
         }
     }
 
-    /// The slot comes before anything else, with its WAL reserved, so that nothing can be removed while the rest is found out.
+    /// Made if it is not there. `None`: where it stands is not known, or it reserves nothing.
     pub(super) async fn ensure_slot(
         &self,
         connection: &mut ReplicationConnection,
@@ -368,7 +402,10 @@ impl Live {
         let direct = start.position == start.without_overlap;
         // Before the stream begins: from then on the server wants answers, and a store may take its time (I11).
         let assembler = self.assembler(&start, settings).await?;
-        let started = connection.start_replication(Some(&slot), start.position, start.timeline).await;
+        let started = tokio::select! {
+            started = connection.start_replication(Some(&slot), start.position, start.timeline) => started,
+            () = self.shutdown.cancelled() => return Err(ArchiveError::Stopping),
+        };
         let result = match started {
             Ok(StartOutcome::Streaming(stream)) => self.receive(stream, start, assembler, status_interval).await,
             // Nothing more on this timeline: the next connection asks for the one that follows.
@@ -438,6 +475,7 @@ impl Live {
             self.missing.clone(),
             self.board.clone(),
             self.settings.bounds.clone(),
+            (self.system, self.segment_size),
             start.held_end,
             sealed_until,
             old_open,
@@ -469,7 +507,9 @@ impl Live {
             server_end: start.held_end,
             cut_at: Lsn::ZERO,
             asked_at_end: 0,
+            asks: None,
             begun_at: position,
+            stop_by: None,
         };
         receiver.run().await
     }

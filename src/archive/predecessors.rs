@@ -7,11 +7,11 @@ use std::time::Instant;
 
 use tokio_util::sync::CancellationToken;
 
-use super::archiver::examine;
 use super::assembler::AssemblerSettings;
 use super::closing::HeldWal;
 use super::divergence::stored_parts;
 use super::held::{HeldBytes, HeldPart, find_in_spool_on, name_finished};
+use super::records::examine;
 use super::ship::put_spooled;
 use super::{ArchiveError, ArchiverSettings, Target};
 use crate::disk::Disk;
@@ -140,7 +140,8 @@ impl Predecessors {
                 renewed = Instant::now();
             }
             if !is_held(writer.archive(), spool, size, entry).await? {
-                put_spooled(spool, size, &writer, entry).await?;
+                // The files go only when all of them are stored.
+                put_spooled(spool, size, &writer, entry, false).await?;
             }
         }
         Ok(())
@@ -220,7 +221,7 @@ async fn is_held(
 fn entries(spool: &Spool, system: SystemIdentifier, size: SegmentSize) -> Result<Vec<QueueEntry>, ArchiveError> {
     let sealed = spool.contents(size)?.sealed;
     let mut entries: Vec<QueueEntry> =
-        sealed.iter().map(|(name, length)| examine(spool, name, *length, system)).collect::<Result<_, _>>()?;
+        sealed.iter().map(|(name, _)| examine(spool, name, system)).collect::<Result<_, _>>()?;
     entries.sort_by(|a, b| (a.timeline, a.order, &a.relative).cmp(&(b.timeline, b.order, &b.relative)));
     Ok(entries)
 }

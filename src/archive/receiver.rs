@@ -2,7 +2,6 @@
 //! store have threads and tasks of their own, and their pressure arrives here as a durable position that stands still (I11).
 
 use std::collections::BTreeSet;
-use std::pin::Pin;
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
@@ -13,9 +12,10 @@ use super::confirmed::ConfirmedWatch;
 use super::guard::SyncGuard;
 use super::held::HeldBytes;
 use super::sealer::{DiskSide, DiskState};
+use super::stopping::{LastBytes, server_stops, until};
 use super::turn::Turn;
 use super::{ArchiveError, Halt, LiveSettings};
-use crate::postgres::{ConnectSettings, ReplicationConnection, WalMessage, WalStream};
+use crate::postgres::{ConnectSettings, WalMessage, WalStream};
 use crate::telemetry::Board;
 use crate::wal::{Lsn, PAGE_SIZE, SegmentName, SegmentSize, TimelineId};
 
@@ -23,11 +23,13 @@ use crate::wal::{Lsn, PAGE_SIZE, SegmentName, SegmentSize, TimelineId};
 /// it is told its status more often than it would.
 const SHUTS_DOWN: u32 = 3;
 const GOODBYE: Duration = Duration::from_millis(500);
-/// A server that answers no request for a reply in this many status intervals is gone.
+/// How long a server that shuts down may wait for what cannot be confirmed.
+const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(5);
+/// One that shuts down asks again as soon as it is answered.
+const ASKS_ON: Duration = Duration::from_secs(1);
+/// A server that answers no request for a reply in this many status intervals is gone; and sooner, so that it is told in time (I19).
 const SILENT_INTERVALS: u32 = 4;
-
-/// How long a stopping agent still takes what the server had when it was told to stop.
-const LAST_BYTES: Duration = Duration::from_secs(2);
+const SILENT_MAX: Duration = Duration::from_secs(25);
 
 /// How a session ended without an error.
 pub enum SessionEnd {
@@ -66,8 +68,12 @@ pub struct Receiver<'a> {
     pub cut_at: Lsn,
     /// How often in a row the server asked for an answer although it has sent everything.
     pub asked_at_end: u32,
+    /// Since when it shuts down and does so in vain, and when it did last.
+    pub asks: Option<(Instant, Instant)>,
     /// Where the stream began.
     pub begun_at: Lsn,
+    /// Once the agent stops: until when anything is still waited for.
+    pub stop_by: Option<Instant>,
 }
 
 impl Receiver<'_> {
@@ -78,12 +84,15 @@ impl Receiver<'_> {
             // What is there becomes durable and shippable before the end; the last status tells the server.
             result = self.flush_all().await.map(|()| SessionEnd::Shutdown);
         }
-        let Self { stream, mut assembler, disk, .. } = self;
+        let Self { stream, mut assembler, disk, shutdown, .. } = self;
         if matches!(result, Ok(SessionEnd::Shutdown)) {
             // A clean goodbye; the server would log a broken connection otherwise.
             let _ = tokio::time::timeout(GOODBYE, stream.finish()).await;
         } else if matches!(result, Ok(SessionEnd::EndOfTimeline)) {
-            result = end_stream(stream, &mut assembler, &disk).await;
+            result = end_stream(stream, &mut assembler, &disk, shutdown).await;
+        } else {
+            // At once: the disk may take its time to end, and a server that shuts down waits for this.
+            drop(stream);
         }
         let state = disk.state.clone();
         // Joining waits for the disk, so it happens on a thread that may wait.
@@ -129,8 +138,11 @@ impl Receiver<'_> {
                     heard = Instant::now();
                 }
             }
-            if now.duration_since(heard) > self.status_interval * SILENT_INTERVALS {
+            if now.duration_since(heard) > self.silence_limit() {
                 return Err(ArchiveError::Silent { seconds: now.duration_since(heard).as_secs() });
+            }
+            if self.asks.is_some_and(|(since, last)| last.duration_since(since) > SHUTDOWN_PATIENCE) {
+                return Err(ArchiveError::ServerStops);
             }
             // Behind it the delay is told, or nobody waits; then the next cut is soon enough to look again.
             let deadline = self.guard.deadline().filter(|deadline| *deadline > now).unwrap_or(next_cut);
@@ -138,7 +150,11 @@ impl Receiver<'_> {
             let wake = tokio::time::Instant::from_std(next_status.min(next_cut).min(deadline).min(end));
             tokio::select! {
                 biased;
-                () = self.shutdown.cancelled(), if last.is_none() => last = Some(LastBytes::ask(self.connect.clone())),
+                () = self.shutdown.cancelled(), if last.is_none() => {
+                    self.stop_deadline();
+                    let stop_timeout = self.settings.stop_timeout;
+                    last = Some(LastBytes::ask(self.connect.clone(), self.board.clone(), stop_timeout));
+                }
                 () = self.halt.halted() => return Ok(SessionEnd::Shutdown),
                 () = LastBytes::found(&mut last) => {}
                 changed = state.changed() => {
@@ -182,6 +198,13 @@ impl Receiver<'_> {
                     reply = reply_requested;
                     let at_end = reply_requested && server_end == self.assembler.position();
                     self.asked_at_end = if at_end { self.asked_at_end.saturating_add(1) } else { 0 };
+                    let now = Instant::now();
+                    self.asks = match self.asks {
+                        None if self.asked_at_end >= SHUTS_DOWN => Some((now, now)),
+                        Some((since, _)) if at_end => Some((since, now)),
+                        // Between its requests it answers ours.
+                        asks => asks.filter(|(_, last)| now.duration_since(*last) < ASKS_ON),
+                    };
                 }
                 Some(WalMessage::Data { start, server_end, bytes }) => {
                     if start != self.assembler.position() {
@@ -189,6 +212,7 @@ impl Receiver<'_> {
                     }
                     self.server_end = self.server_end.max(server_end);
                     self.asked_at_end = 0;
+                    self.asks = None;
                     self.board.count_received(bytes.len() as u64); // usize fits
                     if self.held.is_some() {
                         compare = Some(bytes.to_vec());
@@ -226,6 +250,8 @@ impl Receiver<'_> {
         let start = self.assembler.position();
         let mut next_status = Instant::now() + self.status_interval / 2;
         let mut done = 0;
+        let server_stops = server_stops(self.connect.clone());
+        tokio::pin!(server_stops);
         while done < bytes.len() {
             let wake = tokio::time::Instant::from_std(next_status);
             let reported = Lsn::ZERO; // nothing is told before the overlap is proven
@@ -242,6 +268,14 @@ impl Receiver<'_> {
                     next_status = Instant::now() + self.status_interval / 2;
                     self.stream.send_status(reported, reported, false).await?;
                 }
+                // A store that hangs does not give the overlap.
+                () = self.shutdown.cancelled(), if self.stop_by.is_none() => {
+                    self.stop_deadline();
+                }
+                () = until(self.stop_by) => return Err(ArchiveError::Stopping),
+                () = self.halt.halted() => return Err(ArchiveError::Stopping),
+                () = self.turn.is_lost() => return Err(ArchiveError::NotOurTurn),
+                () = &mut server_stops => return Err(ArchiveError::ServerStops),
             }
         }
         Ok(())
@@ -260,10 +294,13 @@ impl Receiver<'_> {
         Ok(())
     }
 
-    /// Waits until the disk side takes a command. Status updates go on.
+    /// Waits until the disk side takes a command. Status updates go on. An agent that stops waits as long as it may, since what is
+    /// received already may still become durable.
     async fn wait_for_disk(&mut self) -> Result<(), ArchiveError> {
         let mut state = self.disk.state.clone();
         let commands = self.disk.commands.clone();
+        let server_stops = server_stops(self.connect.clone());
+        tokio::pin!(server_stops);
         loop {
             tokio::select! {
                 permit = commands.reserve() => {
@@ -274,9 +311,13 @@ impl Receiver<'_> {
                     changed.map_err(|_| self.disk_gone())?;
                     self.check_disk(&state.borrow_and_update().clone())?;
                 }
-                () = self.shutdown.cancelled() => return Err(ArchiveError::Stopping),
+                () = self.shutdown.cancelled(), if self.stop_by.is_none() => {
+                    self.stop_deadline();
+                }
+                () = until(self.stop_by) => return Err(ArchiveError::Stopping),
                 () = self.halt.halted() => return Err(ArchiveError::Stopping),
                 () = self.turn.is_lost() => return Err(ArchiveError::NotOurTurn),
+                () = &mut server_stops => return Err(ArchiveError::ServerStops),
                 () = tokio::time::sleep(self.status_interval / 2) => {}
             }
             self.send_status(false).await?;
@@ -327,6 +368,9 @@ impl Receiver<'_> {
         // What the server is told is shown as well, and not later.
         self.board.set_durable(self.disk.state.borrow().durable);
         let reported = self.reported();
+        if !reported.is_zero() {
+            self.board.settle_slot();
+        }
         // A server that does not read must not hold this loop for ever.
         let sent =
             tokio::time::timeout(self.status_interval * 2, self.stream.send_status(reported, reported, reply)).await;
@@ -336,9 +380,10 @@ impl Receiver<'_> {
     /// The position that the server is told; zero, which leaves the slot as it is, until WAL has come and what is held was found
     /// equal: before that it may be another server, or one that no longer has the WAL, whose slot must not be moved back.
     ///
-    /// On a segment boundary it is held back by a page, so that the server keeps the sealed segment for the overlap at the next
-    /// connection (I7); a page of the next segment releases it. So does a server that asks again and again at its end: it shuts
-    /// down, and waits until everything is confirmed (`WalSndDone` in `walsender.c`). And so does one whose commits wait for us.
+    /// In the first page of a segment it is held back by a page, so that the server keeps the sealed segment for the overlap at the
+    /// next connection (I7). So little of a segment may be the same in two histories. A server that asks again and again at its end
+    /// releases it: it shuts down, and waits until everything is confirmed (`WalSndDone` in `walsender.c`). And so does one whose
+    /// commits wait for us.
     fn reported(&mut self) -> Lsn {
         if self.held.is_some() || self.assembler.position() == self.begun_at {
             return Lsn::ZERO;
@@ -357,68 +402,61 @@ impl Receiver<'_> {
             return Lsn::ZERO;
         }
         let held_back = Lsn::new(durable.get().saturating_sub(PAGE_SIZE as u64));
-        let hold_back =
-            self.segment_size.is_boundary(durable) && held_back >= self.begun_at && self.asked_at_end < SHUTS_DOWN;
+        let is_first_page = self.segment_size.offset_of(durable) < PAGE_SIZE as u64;
+        let hold_back = is_first_page && held_back >= self.begun_at && self.asked_at_end < SHUTS_DOWN;
         if hold_back && !is_waited_for { held_back.max(slot_segment) } else { durable }
+    }
+
+    /// When a stop waits no longer; it begins with the first call.
+    fn stop_deadline(&mut self) -> Instant {
+        *self.stop_by.get_or_insert_with(|| Instant::now() + self.settings.stop_timeout)
+    }
+
+    /// Requests for an answer go out once each interval: at least two must be in vain.
+    fn silence_limit(&self) -> Duration {
+        (self.status_interval * SILENT_INTERVALS).min(SILENT_MAX.max(self.status_interval * 2))
     }
 
     async fn flush_all(&mut self) -> Result<(), ArchiveError> {
         if self.held.is_none() {
             self.assembler.cut()?;
-            let commands: Vec<_> = self.assembler.take_commands().collect();
-            let deadline = Duration::from_secs(5);
-            for command in commands {
-                let sent = tokio::time::timeout(deadline, self.disk.commands.send(command)).await;
-                sent.map_err(|_| ArchiveError::Stopping)?.map_err(|_| self.disk_gone())?;
-            }
+            self.hand_over().await?;
             let end = self.assembler.position();
-            let mut state = self.disk.state.clone();
             // Bounded: with a full or stuck disk the agent stops all the same, and tells the server no more than is true.
-            let _ = tokio::time::timeout(deadline, state.wait_for(|s| s.durable >= end || s.failed.is_some())).await;
+            self.wait_at_the_end(|this| this.disk.state.borrow().durable >= end).await?;
             if self.settings.durable_in_repository && self.board.is_waited_for() {
                 // Commits that are on their way may still return.
-                let mut confirmed = self.confirmed.clone();
-                let there = confirmed.reaches(self.timeline, end);
-                let _ = tokio::time::timeout(self.settings.stop_timeout, there).await;
+                self.wait_at_the_end(|this| this.confirmed.on(this.timeline).is_some_and(|there| there >= end)).await?;
             }
         }
         self.send_status(false).await
     }
-}
 
-/// What a stopping agent still waits for: the commits that the server had acknowledged when the agent was told to stop may be on
-/// their way to it.
-struct LastBytes {
-    deadline: Instant,
-    asked: Pin<Box<dyn Future<Output = Option<Lsn>> + Send>>,
-    /// The server's flush position after the signal; `None` inside if the server did not tell.
-    end: Option<Option<Lsn>>,
-}
-
-impl LastBytes {
-    fn ask(connect: ConnectSettings) -> Self {
-        let asked = Box::pin(async move {
-            let mut connection = ReplicationConnection::connect(&connect).await.ok()?;
-            Some(connection.identify_system().await.ok()?.flush_lsn)
-        });
-        Self { deadline: Instant::now() + LAST_BYTES, asked, end: None }
-    }
-
-    /// Returns once the answer is there; never if nothing was asked or it was heard already.
-    async fn found(last: &mut Option<Self>) {
-        match last {
-            Some(last) if last.end.is_none() => last.end = Some(last.asked.as_mut().await),
-            _ => std::future::pending().await,
+    /// Waits until it is done, for as long as a stop may take. The server is answered meanwhile, and told what is confirmed.
+    async fn wait_at_the_end(&mut self, is_done: impl Fn(&Self) -> bool) -> Result<(), ArchiveError> {
+        let deadline = self.stop_deadline();
+        let mut state = self.disk.state.clone();
+        let mut confirmed = self.confirmed.clone();
+        while !is_done(self) && self.disk.state.borrow().failed.is_none() && Instant::now() < deadline {
+            let wake = deadline.min(Instant::now() + self.status_interval / 2);
+            tokio::select! {
+                changed = state.changed() => if changed.is_err() { return Ok(()) },
+                () = confirmed.changed() => {}
+                () = until(Some(wake)) => {}
+            }
+            self.send_status(false).await?;
         }
-    }
-
-    fn are_there(&self, now: Instant, position: Lsn) -> bool {
-        now >= self.deadline || self.end.is_some_and(|end| end.is_none_or(|end| position >= end))
+        Ok(())
     }
 }
 
 /// The server has ended the stream: at a timeline's end it names the next one; at its own shutdown it does not.
-async fn end_stream(stream: WalStream, assembler: &mut Assembler, disk: &DiskSide) -> Result<SessionEnd, ArchiveError> {
+async fn end_stream(
+    stream: WalStream,
+    assembler: &mut Assembler,
+    disk: &DiskSide,
+    shutdown: &CancellationToken,
+) -> Result<SessionEnd, ArchiveError> {
     let ended = stream.finish().await;
     let switched = match &ended {
         Ok(end) => end.next_timeline.is_some_and(|(_, switch)| switch == assembler.position()),
@@ -432,7 +470,12 @@ async fn end_stream(stream: WalStream, assembler: &mut Assembler, disk: &DiskSid
     }
     for command in assembler.take_commands() {
         let gone = || ArchiveError::Internal { why: "the disk threads ended".into() };
-        disk.commands.send(command).await.map_err(|_| gone())?;
+        tokio::select! {
+            biased;
+            sent = disk.commands.send(command) => sent.map_err(|_| gone())?,
+            // The disk is full, and the server still has it.
+            () = shutdown.cancelled() => return Err(ArchiveError::Stopping),
+        }
     }
     match ended {
         _ if switched => Ok(SessionEnd::EndOfTimeline),

@@ -15,6 +15,7 @@ use tokio::sync::{mpsc, watch};
 use super::Missing;
 use super::assembler::Command;
 use super::backlog::Backlog;
+use super::room::make_room;
 use super::tail::Tail;
 use crate::disk::is_full;
 use crate::failure::NextStep;
@@ -22,7 +23,7 @@ use crate::queue::QueueEntry;
 use crate::seal::SealedFrames;
 use crate::spool::{OpenSegment, Spool, SpoolError, SpooledName};
 use crate::telemetry::{Board, CauseCode};
-use crate::wal::{Lsn, SegmentName};
+use crate::wal::{Lsn, SegmentName, SegmentSize, SystemIdentifier};
 
 /// Commands that may wait for the disk; with buffers of about 256 KiB this bounds memory.
 pub const COMMANDS_MAX: usize = 8;
@@ -78,6 +79,8 @@ struct Shared {
     missing: Missing,
     board: Board,
     bounds: SpoolBounds,
+    /// Whose WAL it is.
+    of: (SystemIdentifier, SegmentSize),
     positions: Mutex<Positions>,
     state: watch::Sender<DiskState>,
     /// The open file of the session before and how far it reaches: removed once as much is durable again.
@@ -113,6 +116,7 @@ impl DiskSide {
         missing: Missing,
         board: Board,
         bounds: SpoolBounds,
+        of: (SystemIdentifier, SegmentSize),
         durable: Lsn,
         sealed_until: Lsn,
         old_open: Option<(PathBuf, Lsn)>,
@@ -130,6 +134,7 @@ impl DiskSide {
             missing,
             board,
             bounds,
+            of,
             positions,
             state,
             old_open,
@@ -240,15 +245,26 @@ impl Shared {
         loop {
             let used = self.backlog.depth().1 + self.sealing_bytes.load(Ordering::Relaxed);
             let free = self.spool.disk().free_bytes(self.spool.folder());
-            let why = match free {
-                _ if used >= self.bounds.bytes_max => {
-                    format!("the spool holds {used} bytes, its bound (spool.bytes_max)")
-                }
-                Ok(free) if free < self.bounds.free_bytes_min => {
-                    format!("{free} bytes are free on the spool's disk, fewer than spool.free_bytes_min")
-                }
+            let (why, wanted) = match free {
+                // A quarter at once, so that a gap elsewhere is one and not one for each segment.
+                _ if used >= self.bounds.bytes_max => (
+                    format!("the spool holds {used} bytes, its bound (spool.bytes_max)"),
+                    used - self.bounds.bytes_max + self.bounds.bytes_max / 4,
+                ),
+                Ok(free) if free < self.bounds.free_bytes_min => (
+                    format!("{free} bytes are free on the spool's disk, fewer than spool.free_bytes_min"),
+                    self.bounds.free_bytes_min - free,
+                ),
                 Ok(_) | Err(_) => break,
             };
+            match make_room(&self.spool, &self.backlog, self.of.0, self.of.1, wanted.max(1)) {
+                Ok(true) => continue,
+                Ok(false) => {}
+                Err(error) if !told => {
+                    tracing::warn!(error = error.describe(), "the spool is full, and nothing in it could be removed");
+                }
+                Err(_) => {}
+            }
             told = true;
             self.board.raise(CauseCode::SpoolFull, format!("{why}; PostgreSQL keeps the WAL until there is room"));
             if self.ending.load(Ordering::Relaxed) {
@@ -256,9 +272,8 @@ impl Shared {
             }
             std::thread::sleep(ROOM_POLL);
         }
-        if told {
-            self.board.clear(CauseCode::SpoolFull);
-        }
+        // Also what a session told that ended while it waited.
+        self.board.clear(CauseCode::SpoolFull);
         true
     }
 
@@ -286,8 +301,9 @@ impl Shared {
     }
 
     /// After a failed flush the kernel may drop the dirty pages and report success next time: what such a file claims beyond its last
-    /// durable mark proves nothing, also not to a later start. What the mark proves is written into another file; the rest is taken
-    /// again from the server, which keeps the whole segment in which the confirmed position lies (I1, I9).
+    /// durable mark proves nothing, also not to a later start. What the mark proves is written into another file, or stays where it is
+    /// with that mark only; the rest is taken again from the server, which keeps the whole segment in which the confirmed position
+    /// lies (I1, I9).
     fn void<'a>(&self, error: &SpoolError, files: impl IntoIterator<Item = (&'a OpenSegment, SegmentName)>) {
         if !matches!(error, SpoolError::Sync { .. }) {
             return;
@@ -328,37 +344,14 @@ impl Shared {
             return Err(error.into());
         }
         let mut named: Vec<&Sealing> = Vec::new();
-        let mut entries: Vec<QueueEntry> = Vec::new();
-        for sealing in &group {
-            let is_new = self.spool.name_sealed(sealing.file.path(), &sealing.name)?;
-            if is_new {
-                self.tail.renamed(sealing.segment, self.spool.path_of(&sealing.name));
-                named.push(sealing);
-                entries.push(entry_of(sealing));
+        if let Err(error) = self.name_all(&group, &mut named) {
+            // The contents are durable, the names are not: they go back to where the next session finds them.
+            for sealing in named {
+                self.spool.take_back(&sealing.name, sealing.file.path());
             }
-            // Else an older file of the same WAL stays, and so does its record: it may be compressed otherwise.
-            if !is_new {
-                self.tail.end(sealing.segment);
-            }
+            return Err(error.into());
         }
-        let mut last: Option<&SpooledName> = None;
-        for sealing in &group {
-            if last.is_none_or(|last| parent(last) != parent(&sealing.name))
-                && let Err(error) = self.spool.sync_names(&sealing.name)
-            {
-                // The content is durable, the name is not: it goes back to where the next session finds it.
-                for sealing in named {
-                    if let Err(error) = self.spool.unname(&sealing.name, sealing.file.path()) {
-                        tracing::error!(
-                            name = sealing.name.relative,
-                            "a name that could not be flushed stays: {error}"
-                        );
-                    }
-                }
-                return Err(error.into());
-            }
-            last = Some(&sealing.name);
-        }
+        let entries: Vec<QueueEntry> = named.into_iter().map(entry_of).collect();
         self.backlog.insert(&entries);
         let sealed_bytes = group.iter().map(|sealing| sealing.frames.stored_size).sum();
         self.sealing_bytes.fetch_sub(sealed_bytes, Ordering::Relaxed);
@@ -370,6 +363,27 @@ impl Shared {
             self.backlog.set_sealed_end(last.name.timeline.get(), last.end);
         }
         self.publish(|positions| positions.sealed = positions.sealed.max(end));
+        Ok(())
+    }
+
+    /// Gives each its name, durably. `named`: those that have one now, also after an error.
+    fn name_all<'a>(&self, group: &'a [Sealing], named: &mut Vec<&'a Sealing>) -> Result<(), SpoolError> {
+        for sealing in group {
+            if self.spool.name_sealed(sealing.file.path(), &sealing.name)? {
+                self.tail.renamed(sealing.segment, self.spool.path_of(&sealing.name));
+                named.push(sealing);
+            } else {
+                // An older file of the same WAL stays, and so does its record: it may be compressed otherwise.
+                self.tail.end(sealing.segment);
+            }
+        }
+        let mut last: Option<&SpooledName> = None;
+        for sealing in group {
+            if last.is_none_or(|last| parent(last) != parent(&sealing.name)) {
+                self.spool.sync_names(&sealing.name)?;
+            }
+            last = Some(&sealing.name);
+        }
         Ok(())
     }
 
@@ -425,3 +439,7 @@ fn entry_of(sealing: &Sealing) -> QueueEntry {
         stored_in: Vec::new(),
     }
 }
+
+#[cfg(test)]
+#[path = "sealer_tests.rs"]
+mod tests;

@@ -1,21 +1,25 @@
 //! One object on its way to one repository: put, retried without an end, read back.
 
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use tokio_util::sync::CancellationToken;
 
 use super::ArchiveError;
+use super::gap::gap_of;
+use super::records::REASON_LOST;
 use super::tail::Piece;
-use super::uploader::{Uploader, Work, describe, segment_of};
+use super::uploader::{Uploader, Work, describe, history_of, segment_of};
 use crate::disk::Disk;
 use crate::failure::NextStep;
 use crate::queue::QueueEntry;
 use crate::repository::{Gap, RepositoryError, RepositoryWriter, SealedObject, Stored};
-use crate::seal::Compression;
-use crate::spool::{Spool, parse_relative};
+use crate::seal::{Compression, SealError};
+use crate::spool::{Spool, SpoolError, parse_relative};
 use crate::storage::{Backoff, Body, StorageError};
-use crate::wal::{SegmentName, SegmentSize, TimelineId};
+use crate::telemetry::CauseCode;
+use crate::wal::{Lsn, SegmentName, SegmentSize, TimelineHistory};
 
 /// Stored bytes of a piece that are held in memory while it is sent.
 const IN_MEMORY_MAX: u64 = 1 << 20;
@@ -39,6 +43,10 @@ pub(super) enum Shipped {
         error: ArchiveError,
         what: String,
     },
+    /// It needs not be there any more: the spool had to make room, or it is fetched again.
+    Released {
+        entry: QueueEntry,
+    },
     Cancelled,
 }
 
@@ -54,7 +62,22 @@ impl Uploader {
             return gone; // a segment has at most 1 GiB
         };
         let compression = self.wal.borrow().as_ref().map_or(Compression::Lz4, |wal| wal.compression);
-        let Ok(body) = body_of(&piece).await else { return gone };
+        let unreadable = |why: &dyn std::fmt::Display| {
+            if self.tail.is_unreadable(&piece) {
+                let path = piece.path.display();
+                let message = format!(
+                    "the open segment's file {path} does not hold what was written ({why}): it is received again; check the spool's disk"
+                );
+                self.board.raise(CauseCode::SpoolFailing, message);
+            }
+        };
+        let body = match body_of(&piece).await {
+            Ok(body) => body,
+            Err(error) => {
+                unreadable(&error);
+                return gone;
+            }
+        };
         let object = SealedObject { body, size: piece.size, crc32: piece.crc32, compression };
         let mut backoff = Backoff::new(self.retry_delay_max);
         loop {
@@ -67,8 +90,16 @@ impl Uploader {
                     self.shown.observe_upload(began.elapsed());
                     return Shipped::Piece { segment: piece.segment, start: piece.start, end: piece.end };
                 }
-                // The file got its final name while it was read.
-                Err(RepositoryError::Storage(StorageError::SourceDamaged { .. }) | RepositoryError::Local { .. }) => {
+                // The file got its final name while it was read, or it is damaged.
+                Err(error)
+                    if error.next_step() == NextStep::FetchAgain
+                        || matches!(
+                            error,
+                            RepositoryError::Local { .. }
+                                | RepositoryError::Storage(StorageError::SourceDamaged { .. })
+                        ) =>
+                {
+                    unreadable(&error);
                     return gone;
                 }
                 Err(error) if !self.tail.holds(&piece) && !stops(&error) => {
@@ -107,6 +138,9 @@ impl Uploader {
     ) -> Shipped {
         let mut backoff = Backoff::new(self.retry_delay_max);
         loop {
+            if !self.backlog.contains(&entry) {
+                return Shipped::Released { entry };
+            }
             let began = Instant::now();
             let result = tokio::select! {
                 result = self.put(&writer, &entry) => result,
@@ -117,9 +151,7 @@ impl Uploader {
                     self.settle(&entry, began.elapsed()).await;
                     return Shipped::Segment { entry };
                 }
-                Err(error) if matches!(error.next_step(), NextStep::Stop | NextStep::FetchAgain) => {
-                    return Shipped::Failed { error, what: entry.relative };
-                }
+                Err(error) if entry_stops(&error) => return Shipped::Failed { error, what: entry.relative },
                 Err(error) => {
                     self.shown.upload_failed();
                     self.tell_store(Work::Objects, Some(format!("{}; {}", error.describe(), error.hint())));
@@ -171,34 +203,46 @@ impl Uploader {
 
     /// Puts one spooled object and reads back that it is there.
     async fn put(&self, writer: &RepositoryWriter, entry: &QueueEntry) -> Result<(), ArchiveError> {
-        put_spooled(&self.spool, self.segment_size, writer, entry).await
+        put_spooled(&self.spool, self.segment_size, writer, entry, self.backlog.goes_once_stored(entry)).await
     }
 }
 
-/// Puts one spooled object and reads back that it is there.
+/// Puts one spooled object and reads back that it is there. `goes`: its spool file is removed as soon as it is.
 pub(super) async fn put_spooled(
     spool: &Spool,
     segment_size: SegmentSize,
     writer: &RepositoryWriter,
     entry: &QueueEntry,
+    goes: bool,
 ) -> Result<(), ArchiveError> {
     let path = spool.folder().join(&entry.relative);
     let unknown = || ArchiveError::Internal { why: format!("{} is no spooled object", entry.relative) };
-    if let Some(timeline) = entry.relative.strip_prefix("wal/").and_then(|name| name.strip_suffix(".history")) {
-        let timeline = TimelineId::from_hex(timeline)?;
-        let stored = writer.put_history(timeline, &read_small(&path).await?).await?;
+    let name = parse_relative(&entry.relative, segment_size).ok_or_else(unknown)?;
+    if let Some(to) = name.gap_end() {
+        let written = read_small(&path, entry).await.ok().and_then(|content| Gap::parse(&content).ok());
+        // A gap whose file was damaged is a gap all the same: its name says all but the reason.
+        let again = || gap_of(writer.archive().system(), name.timeline, Lsn::new(name.order), to, REASON_LOST);
+        return Ok(writer.put_gap(&written.unwrap_or_else(again)).await.map(|_| ())?);
+    }
+    if let Some(timeline) = history_of(&entry.relative) {
+        let content = read_small(&path, entry).await?;
+        TimelineHistory::parse(timeline, &content).map_err(|error| {
+            let source = SealError::Data { why: error.to_string() };
+            SpoolError::Damaged { path, source }
+        })?;
+        let stored = writer.put_history(timeline, &content).await?;
         return prove(writer, &stored).await;
     }
-    if entry.relative.starts_with("gaps/") {
-        let gap = Gap::parse(&read_small(&path).await?).map_err(|_| unknown())?;
-        return Ok(writer.put_gap(&gap).await.map(|_| ())?);
+    if let Err(error) = tokio::fs::symlink_metadata(&path).await
+        && error.kind() == std::io::ErrorKind::NotFound
+    {
+        return Err(SpoolError::Gone { path }.into());
     }
-    let name = parse_relative(&entry.relative, segment_size);
-    let segment = segment_of(entry, segment_size).filter(|_| name.is_some()).ok_or_else(unknown)?;
+    let segment = segment_of(entry, segment_size).ok_or_else(unknown)?;
     let suffix = entry.relative.rsplit_once('.').map_or("", |(_, suffix)| suffix);
     let compression = Compression::from_suffix(suffix).ok_or_else(unknown)?;
     let size = entry.stored_size;
-    let body = Body::SealedFile { path, length: size };
+    let body = Body::SealedFile { path, length: size, goes };
     let object = SealedObject { body, size, crc32: entry.crc32, compression };
     let stored = match piece_end(&entry.relative).filter(|_| entry.relative.starts_with("tail/")) {
         Some(end) => writer.put_piece(segment, 0, end, &object).await?,
@@ -230,13 +274,38 @@ async fn body_of(piece: &Piece) -> std::io::Result<Body> {
     tokio::task::spawn_blocking(read).await.map_err(std::io::Error::other)?
 }
 
-async fn read_small(path: &std::path::Path) -> Result<Vec<u8>, ArchiveError> {
-    tokio::fs::read(path).await.map_err(|source| ArchiveError::Read { path: path.into(), source })
+/// A small object, if it still is what was recorded.
+async fn read_small(path: &Path, entry: &QueueEntry) -> Result<Vec<u8>, ArchiveError> {
+    let damaged = |source| SpoolError::Damaged { path: path.into(), source };
+    let sized = |found: u64| damaged(SealError::Size { expected: entry.stored_size, found });
+    let length = match tokio::fs::symlink_metadata(path).await {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            return Err(SpoolError::Gone { path: path.into() }.into());
+        }
+        other => other.map_err(|source| ArchiveError::Read { path: path.into(), source })?.len(),
+    };
+    if length != entry.stored_size {
+        return Err(sized(length).into());
+    }
+    let content = tokio::fs::read(path).await.map_err(|source| ArchiveError::Read { path: path.into(), source })?;
+    let found = crc32fast::hash(&content);
+    if found != entry.crc32 {
+        let (what, expected) = ("CRC-32", entry.crc32);
+        return Err(damaged(SealError::Checksum { what, expected, found }).into());
+    }
+    Ok(content)
 }
 
-/// Errors that no retry cures.
+/// Errors that no retry cures. Whatever else a store answers, be it a redirect or a refused setting, it may take back (I21).
 fn stops(error: &RepositoryError) -> bool {
-    error.is_conflict() || error.is_lease_lost() || matches!(error.next_step(), NextStep::Stop | NextStep::FetchAgain)
+    error.is_conflict() || error.is_lease_lost() || error.next_step() == NextStep::FetchAgain
+}
+
+fn entry_stops(error: &ArchiveError) -> bool {
+    match error {
+        ArchiveError::Repository(error) => stops(error),
+        error => matches!(error.next_step(), NextStep::Stop | NextStep::FetchAgain),
+    }
 }
 
 fn is_throttled(error: &RepositoryError) -> bool {
@@ -251,7 +320,11 @@ async fn pause(backoff: &mut Backoff, throttled: bool, cancel: &CancellationToke
     }
 }
 
-fn piece_end(relative: &str) -> Option<u32> {
+pub(super) fn piece_end(relative: &str) -> Option<u32> {
     let range = relative.rsplit_once('/')?.1.split('.').next()?;
     u32::from_str_radix(range.strip_prefix("00000000-")?, 16).ok()
 }
+
+#[cfg(test)]
+#[path = "ship_tests.rs"]
+mod tests;

@@ -6,8 +6,7 @@ use super::held::{Held, HeldPart, Reach, find_in_spool_on};
 use super::live::{Live, Way};
 use crate::postgres::{ReplicationConnection, SystemInfo};
 use crate::spool::Spool;
-use crate::telemetry::CauseCode;
-use crate::wal::{Lsn, PgTime, SegmentName, TimelineId};
+use crate::wal::{Lsn, PAGE_SIZE, PgTime, SegmentName, TimelineHistory, TimelineId};
 
 /// Why there is a gap, where the server did not say it in its own words.
 const WAL_REMOVED: &str = "the server has already removed the WAL that was asked for";
@@ -74,8 +73,7 @@ impl Live {
         if info.timeline == held.timeline {
             // A part that was closed by a switch is not gone on with by the server that was left behind; one that was closed because
             // WAL behind it was lost is built again, if the server has it after all.
-            let left_behind = held.closed && self.histories_spooled.iter().any(|newer| *newer > held.timeline);
-            if left_behind {
+            if held.closed && self.is_left_behind(&held).await {
                 return Err(ArchiveError::Behind { server: info.flush_lsn, held: held.end });
             }
             if info.flush_lsn < held.end {
@@ -85,9 +83,10 @@ impl Live {
             if let Some(segment) = self.missing.first(held.timeline).filter(|segment| segment.end() <= held.sealed_end)
             {
                 tracing::warn!(%segment, "fetching a lost segment again");
-                return Ok(self.start_at_missing(segment, held));
+                return Ok(self.start_at_missing(segment, held).await);
             }
-            return Ok(self.start_after(held));
+            let history = self.history(connection, info.timeline).await?;
+            return self.start_after(held, history.as_ref()).await;
         }
         let history = self.history(connection, info.timeline).await?.ok_or_else(other_branch)?;
         let Some((_, Some(switch))) = history.range_of(held.timeline) else {
@@ -97,10 +96,16 @@ impl Live {
             let next = history.timeline_at(switch);
             tracing::warn!(held = %held.timeline, from = %ancestor, to = %next, at = %switch, "the server is on another branch");
             self.seal_partial(settings, &held, held.end).await?;
-            return Ok(self.start_on_branch(ancestor, switch, next).await);
+            return self.start_on_branch(ancestor, switch, &history).await;
         };
+        self.forget_archived(held.timeline).await;
+        let lost = self.missing.first(held.timeline).filter(|segment| segment.end() <= held.sealed_end.min(switch));
+        if let Some(segment) = lost {
+            tracing::warn!(%segment, "fetching a lost segment of the timeline before again");
+            return Ok(self.start_at_missing(segment, held).await);
+        }
         if held.end < switch {
-            return Ok(self.start_after(held));
+            return self.start_after(held, Some(&history)).await;
         }
         let next = history.timeline_at(switch);
         tracing::info!(event = "timeline_changed", from = held.timeline.get(), to = next.get(), at = %switch, "the timeline changes");
@@ -117,9 +122,9 @@ impl Live {
         }
         let position = self.segment_size.start_of(switch);
         if position < held.sealed_end {
-            return Ok(self.start_on_branch(held.timeline, switch, next).await);
+            return self.start_on_branch(held.timeline, switch, &history).await;
         }
-        Ok(Start {
+        let start = Start {
             timeline: next,
             position,
             without_overlap: position,
@@ -128,7 +133,38 @@ impl Live {
             parts: held.parts,
             max_time: held.max_time,
             open_record: held.open_record.filter(|record| *record < position),
-        })
+        };
+        self.prove_overlap(&start, &history).await?;
+        Ok(start)
+    }
+
+    /// The stream of a new timeline compares from the start of the segment with the switch. Where that is nothing, or next to nothing,
+    /// what lies before is compared beside it.
+    async fn prove_overlap(&self, start: &Start, history: &TimelineHistory) -> Result<(), ArchiveError> {
+        let switch = start.held_end;
+        let first = start.parts.iter().map(HeldPart::start).find(|part| *part >= start.position);
+        let overlap = first.map_or(0, |first| switch.bytes_since(first));
+        if overlap >= PAGE_SIZE as u64 {
+            return Ok(());
+        }
+        // What the stream does not compare of the switch's own segment comes first.
+        let end = if overlap == 0 { switch } else { start.position };
+        let before = history.timeline_at(Lsn::new(end.get().saturating_sub(1)));
+        let is_proven = self.prove_before(before, end, &start.parts).await?;
+        // A copy that was restored has no WAL from before the segment with the switch: then the little that is compared must do.
+        if !is_proven && overlap == 0 {
+            self.tell_unproven(switch);
+        }
+        Ok(())
+    }
+
+    /// Whether a timeline is known that left this one where it was closed: a server that is on it still was left behind.
+    async fn is_left_behind(&self, held: &Held) -> bool {
+        if self.histories_spooled.keys().any(|newer| *newer > held.timeline) {
+            return true;
+        }
+        // A new process has spooled none yet.
+        self.stored_histories().await.iter().any(|history| leaves_at(history, held))
     }
 
     /// What is held of the server's own timeline, where the newest timeline that is held is none of its ancestors: a copy that was
@@ -166,14 +202,19 @@ impl Live {
 
     /// At the segment with the switch, on the timeline that begins there. The bytes before the switch are compared where they are
     /// held, which may be a repository.
-    async fn start_on_branch(&self, ancestor: TimelineId, switch: Lsn, next: TimelineId) -> Start {
+    async fn start_on_branch(
+        &self,
+        ancestor: TimelineId,
+        switch: Lsn,
+        history: &TimelineHistory,
+    ) -> Result<Start, ArchiveError> {
         let position = self.segment_size.start_of(switch);
         let segment = SegmentName::holding(ancestor, position, self.segment_size);
         let parts = self.held_segment(segment, &[]).await.map(|held| held.parts).unwrap_or_default();
         let is_whole = parts.last().is_some_and(|part| part.end() >= switch);
         let (max_time, open_record) = self.before(ancestor, position).await;
-        Start {
-            timeline: next,
+        let start = Start {
+            timeline: history.timeline_at(switch),
             position,
             without_overlap: position,
             sealed_until: position,
@@ -181,39 +222,67 @@ impl Live {
             parts: if is_whole { parts } else { Vec::new() },
             max_time,
             open_record: open_record.filter(|record| *record < position),
-        }
+        };
+        self.prove_overlap(&start, history).await?;
+        Ok(start)
     }
 
-    fn start_after(&self, held: Held) -> Start {
-        let size = self.segment_size.get();
-        // At a boundary the last whole segment is asked for again, so that there is something to compare (I7).
-        let overlap = if held.end > held.sealed_end {
-            held.sealed_end
-        } else {
-            Lsn::new(held.sealed_end.get().saturating_sub(size))
-        };
+    /// Behind what is held, with an overlap of a page at least (I7): less than that, a page header and a record without a time, may be
+    /// the same in two histories. At the beginning of a segment the whole one before it is asked for again.
+    async fn start_after(&self, held: Held, history: Option<&TimelineHistory>) -> Result<Start, ArchiveError> {
+        let is_short = held.end.bytes_since(held.sealed_end) < PAGE_SIZE as u64;
+        let last = Lsn::new(held.sealed_end.get().saturating_sub(1));
+        let before = history.map_or(held.timeline, |history| history.timeline_at(last));
+        let mut parts = held.parts;
+        let mut overlap = held.sealed_end;
+        if is_short && before == held.timeline {
+            let segment = SegmentName::holding(before, last, self.segment_size);
+            if self.put_before(&mut parts, segment).await? {
+                overlap = segment.start();
+            }
+        } else if is_short {
+            // The server has no segment of this timeline there. What can be proven was proven when the timeline began.
+            self.prove_before(before, held.sealed_end, &parts).await?;
+        }
         let mut position = overlap;
         let open_record = held.open_record.filter(|record| *record < overlap);
         if let Some(record) = open_record
-            && !held.parts.iter().any(|part| part.start() <= record && record < part.end())
+            && !parts.iter().any(|part| part.start() <= record && record < part.end())
         {
             // Not at hand: the server has it, most likely.
             position = self.segment_size.start_of(record);
         }
-        Start {
+        Ok(Start {
             timeline: held.timeline,
             position,
             without_overlap: held.sealed_end,
             sealed_until: held.sealed_end,
             held_end: held.end,
-            parts: held.parts,
+            parts,
             max_time: held.max_time,
             open_record: open_record.filter(|record| *record < position),
+        })
+    }
+
+    /// Adds what is held of the segment before the parts, which the spool may have let go. False if there is nothing to compare.
+    async fn put_before(&self, parts: &mut Vec<HeldPart>, segment: SegmentName) -> Result<bool, ArchiveError> {
+        if parts.iter().any(|part| part.start() <= segment.start()) {
+            return Ok(true);
         }
+        let held = self.held_segment(segment, parts).await?;
+        let is_held = held.end == segment.end();
+        if is_held {
+            parts.splice(0..0, held.parts);
+        } else if !held.is_known {
+            self.tell_unproven(segment.end());
+        }
+        Ok(is_held)
     }
 
     /// A held segment was lost from the spool. It is built again; what follows it is compared, and is there already.
-    fn start_at_missing(&self, segment: SegmentName, held: Held) -> Start {
+    async fn start_at_missing(&self, segment: SegmentName, held: Held) -> Start {
+        // Readers search by the highest commit time so far, which must not fall along a branch.
+        let (max_time, _) = self.before(held.timeline, segment.start()).await;
         Start {
             timeline: held.timeline,
             position: segment.start(),
@@ -221,40 +290,67 @@ impl Live {
             sealed_until: segment.start(),
             held_end: held.end,
             parts: held.parts.into_iter().filter(|part| part.start() >= segment.end()).collect(),
-            max_time: None,
+            max_time,
             open_record: None,
         }
+    }
+
+    /// Goes on where the WAL was seen to come from: with the overlap, or without.
+    pub(super) fn start_at(&self, start: Start, position: Lsn) -> Start {
+        if position != start.position && start.held_end.bytes_since(position) < PAGE_SIZE as u64 {
+            self.tell_unproven(position);
+        }
+        Start { position, ..start }
     }
 
     /// Changes the start by what the session before met.
     pub(super) async fn by_way(
         &mut self,
         connection: &mut ReplicationConnection,
-        mut start: Start,
+        start: Start,
         settings: &AssemblerSettings,
     ) -> Result<Start, ArchiveError> {
         match self.way.clone() {
             Way::Overlapping => Ok(start),
             // Going on directly behind what is held is possible, but nothing proves that it is the same history.
-            Way::WithoutOverlap => {
-                let at = match self.comes_after_all(&start).await? {
-                    // What was said to be gone is there: see `comes_after_all`.
-                    Some(position) if position == start.position => return Ok(start),
-                    Some(position) => position,
-                    None => return self.start_behind_gap(connection, start, settings, WAL_REMOVED, false).await,
-                };
-                if start.held_end == at {
-                    let message = format!(
-                        "the server no longer has the WAL before {at}, so what is held could not be compared with it"
-                    );
-                    self.board.raise(CauseCode::ContinuityUnproven, message);
-                }
-                start.position = at;
-                Ok(start)
-            }
+            Way::WithoutOverlap => match self.comes_after_all(&start).await? {
+                Some(position) => Ok(self.start_at(start, position)),
+                None => self.start_behind_gap(connection, start, settings, WAL_REMOVED, false).await,
+            },
             Way::BehindGap { why, slot_lost } => {
                 self.start_behind_gap(connection, start, settings, &why, slot_lost).await
             }
         }
+    }
+}
+
+/// Whether a history leaves the timeline of what is held in its last part.
+fn leaves_at(history: &TimelineHistory, held: &Held) -> bool {
+    let left = history.range_of(held.timeline).and_then(|(_, switch)| switch);
+    left.is_some_and(|switch| held.sealed_end <= switch && switch <= held.end)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_closed_part_was_left_by_the_history_that_switches_in_it() {
+        let held = |timeline| Held {
+            timeline: TimelineId::new(timeline).unwrap(),
+            sealed_end: Lsn::new(0x200_0000),
+            end: Lsn::new(0x208_0000),
+            parts: Vec::new(),
+            closed: true,
+            max_time: None,
+            open_record: None,
+        };
+        let history = |content: &str| TimelineHistory::parse(TimelineId::new(4).unwrap(), content.as_bytes()).unwrap();
+        assert!(leaves_at(&history("1\t0/2080000\tx\n"), &held(1)));
+        assert!(leaves_at(&history("1\t0/2000000\tx\n2\t0/3000000\tx\n"), &held(1)), "more was held than is history");
+        assert!(!leaves_at(&history("1\t0/1080000\tx\n"), &held(1)), "a copy that was restored to an earlier moment");
+        assert!(
+            !leaves_at(&history("1\t0/2080000\tx\n"), &held(2)) && !leaves_at(&history("1\t0/2080000\tx\n"), &held(4))
+        );
     }
 }

@@ -20,8 +20,10 @@ use crate::wal::{Lsn, SegmentName};
 const STRETCHES_MAX: usize = 256;
 /// Stored bytes of a piece at most, unless a single stretch has more.
 const PIECE_BYTES_MAX: u64 = 16 << 20;
-/// The open segment and the one before.
-const SEGMENTS_MAX: usize = 2;
+/// Tries to read a piece's bytes before its file is taken for damaged.
+const UNREADABLE_MAX: u32 = 10;
+/// The open segment and those before: a large transaction may fill more than one before the rest of the first is sent.
+const SEGMENTS_MAX: usize = 4;
 
 /// A segment that is shipped in pieces.
 #[derive(Debug)]
@@ -48,6 +50,8 @@ struct State {
     /// Where the next session must cut, beyond what the repositories tell it.
     wanted: Option<(SegmentName, BTreeSet<u64>)>,
     session: u64,
+    /// How often the bytes of a piece could not be read back as they were written, in this session.
+    unreadable: HashMap<(SegmentName, u64), u32>,
     /// The agent stops: what there is goes out, whatever the interval says.
     ending: bool,
     /// A base backup waits for the WAL up to here.
@@ -210,6 +214,7 @@ impl Tail {
     pub fn clear(&self) {
         self.with(|state| {
             state.segments.clear();
+            state.unreadable.clear();
             state.session += 1;
         });
     }
@@ -281,6 +286,24 @@ impl Tail {
         self.with(|state| {
             state.session == piece.session && state.segments.iter().any(|open| open.segment == piece.segment)
         })
+    }
+
+    /// The piece's bytes are not those that were written. Once or twice that is a file that just got its name; true when it is more, and
+    /// then the open segment is received again.
+    pub fn is_unreadable(&self, piece: &Piece) -> bool {
+        let too_often = self.with(|state| {
+            let is_open = |open: &Tailed| open.segment == piece.segment && open.closed.is_none();
+            if state.session != piece.session || !state.segments.iter().any(is_open) {
+                return false;
+            }
+            let tries = state.unreadable.entry((piece.segment, piece.start)).or_default();
+            *tries += 1;
+            *tries == UNREADABLE_MAX
+        });
+        if too_often {
+            self.recut.send_modify(|n| *n += 1);
+        }
+        too_often
     }
 
     /// What there is of the segment from offset `from` on, up to `until` at most, as one piece.

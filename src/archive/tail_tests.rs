@@ -83,7 +83,7 @@ fn joining_bounds_memory_and_leaves_every_stand() {
 }
 
 #[test]
-fn a_whole_segment_stays_until_the_one_after_the_next() {
+fn a_whole_segment_stays_until_some_have_followed() {
     let tail = tail(&[0, 10]);
     tail.close(segment(1), Some(stretch(10, MIB)));
     tail.renamed(segment(1), "whole".into());
@@ -95,8 +95,26 @@ fn a_whole_segment_stays_until_the_one_after_the_next() {
     tail.push(segment(1), stretch(MIB, MIB + 1));
     assert_eq!(offer(&tail, MIB, None), "nothing", "nothing follows in a whole one");
     assert!(tail.holds(&rest));
-    tail.close(segment(2), None);
-    tail.begin(segment(3), "three".into());
-    assert_eq!(tail.segments().iter().map(|tailed| tailed.segment).collect::<Vec<_>>(), [segment(2), segment(3)]);
+    for next in [3, 4, 5] {
+        assert!(tail.holds(&rest));
+        tail.close(segment(next - 1), None);
+        tail.begin(segment(next), "next".into());
+    }
+    let kept: Vec<_> = tail.segments().iter().map(|tailed| tailed.segment).collect();
+    assert_eq!(kept, [2, 3, 4, 5].map(segment));
     assert!(!tail.holds(&rest));
+}
+
+/// A damaged open file was tried again every half second, for ever and without a word.
+#[test]
+fn a_piece_that_cannot_be_read_back_again_and_again_begins_the_stream_anew() {
+    let tail = tail(&[0, 10]);
+    let recut = tail.subscribe_recut();
+    let Offer::Piece(piece) = tail.piece(&settings(), segment(1), 0, None) else { panic!("it is offered") };
+    for _ in 1..UNREADABLE_MAX {
+        assert!(!tail.is_unreadable(&piece) && !recut.has_changed().unwrap(), "a file that just got its name");
+    }
+    assert!(tail.is_unreadable(&piece) && recut.has_changed().unwrap());
+    tail.clear();
+    assert!(!tail.is_unreadable(&piece), "of a session that is over");
 }

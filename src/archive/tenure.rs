@@ -4,18 +4,21 @@ use std::time::Duration;
 
 use super::ArchiveError;
 use super::uploader::{Covered, Ended, SILENT_AFTER, Uploader, Work, describe};
-use crate::repository::{LEASE_POLL, LEASE_TTL, Lease, LeaseAttempt, LeaseSeeker, RepositoryError, RepositoryWriter};
+use crate::repository::{
+    LEASE_POLL, LEASE_TTL, LEASE_UNREADABLE, Lease, LeaseAttempt, LeaseSeeker, RepositoryError, RepositoryWriter,
+};
 use crate::storage::Backoff;
 use crate::telemetry::CauseCode;
 
 /// How long a stopping agent tries to tell what is covered and to give the lease back.
-const RELEASE_LIMIT: Duration = Duration::from_secs(3);
+pub(super) const RELEASE_LIMIT: Duration = Duration::from_secs(3);
 
 impl Uploader {
     /// Runs until the shutdown, or until something happened that only an operator can judge.
     pub async fn run(mut self) {
+        let mut was_taken = false;
         loop {
-            let Some(lease) = self.take_lease().await else { return };
+            let Some(lease) = self.take_lease(was_taken).await else { return };
             tracing::info!(event = "lease_taken", repository = self.shown.name(), "this agent holds the lease");
             let shutdown = self.shutdown.clone();
             // A store that hangs must not hold up the end.
@@ -24,6 +27,7 @@ impl Uploader {
                 () = shutdown.cancelled() => Ended::Shutdown,
             };
             let name = self.shown.name();
+            was_taken = matches!(ended, Ended::LeaseLost { by: Some(_) });
             match ended {
                 Ended::LeaseLost { by: Some(by) } => {
                     let message = format!("repository {name}: {by} took the lease; stop one of the two agents");
@@ -32,40 +36,75 @@ impl Uploader {
                 Ended::LeaseLost { by: None } => {
                     tracing::info!(event = "lease_expired", repository = name, "the lease ran out; taking it again")
                 }
-                Ended::Shutdown | Ended::Halted => {
-                    let writer = RepositoryWriter::new(self.archive.clone(), lease.clone());
-                    let told = async {
-                        self.put_coverage(&writer, Covered::default()).await;
-                        lease.release().await
-                    };
-                    match tokio::time::timeout(RELEASE_LIMIT, told).await {
-                        Ok(Ok(())) => {}
-                        Ok(Err(error)) => {
-                            tracing::debug!(repository = name, %error, "the lease was not released; it runs out");
-                        }
-                        Err(_) => tracing::debug!(repository = name, "the lease was not released in time; it runs out"),
-                    }
-                    return;
+                Ended::NotOurTurn => {
+                    tracing::info!(
+                        event = "lease_given_back",
+                        repository = name,
+                        "another agent archives: the lease of this repository is given back to it"
+                    );
+                    self.turn.is_given_back(name);
+                    self.release(&lease).await;
                 }
+                Ended::Shutdown | Ended::Halted => return self.release(&lease).await,
             }
         }
     }
 
-    async fn take_lease(&mut self) -> Option<Lease> {
-        let mut seeker = LeaseSeeker::new(self.archive.clone(), self.holder.clone(), LEASE_TTL);
+    async fn release(&self, lease: &Lease) {
+        let name = self.shown.name();
+        let writer = RepositoryWriter::new(self.archive.clone(), lease.clone());
+        let told = async {
+            self.put_coverage(&writer, Covered::default()).await;
+            lease.release().await
+        };
+        match tokio::time::timeout(RELEASE_LIMIT, told).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::debug!(repository = name, %error, "the lease was not released; it runs out"),
+            Err(_) => tracing::debug!(repository = name, "the lease was not released in time; it runs out"),
+        }
+    }
+
+    /// Waits until no other agent has a repository in front of this one. The lease is looked at meanwhile, so that it need not run out
+    /// only then. False: it is over.
+    async fn turn_comes(&self, seeker: &mut LeaseSeeker) -> bool {
+        let comes = self.turn.comes_to(self.shown.name());
+        tokio::pin!(comes);
+        loop {
+            let watch = async {
+                tokio::time::sleep(LEASE_POLL).await;
+                if let Err(error) = seeker.watch().await {
+                    tracing::debug!(repository = self.shown.name(), %error, "who holds the lease is not known");
+                }
+            };
+            tokio::select! {
+                () = &mut comes => return true,
+                () = watch => {}
+                () = self.shutdown.cancelled() => return false,
+                () = self.halt.halted() => return false,
+            }
+        }
+    }
+
+    /// `None`: it is over. `was_taken`: another one has it, which may be a copy of this agent.
+    async fn take_lease(&mut self, was_taken: bool) -> Option<Lease> {
+        let seeker = LeaseSeeker::new(self.archive.clone(), self.holder.clone(), LEASE_TTL);
+        let mut seeker = if was_taken { seeker.patient() } else { seeker };
         let mut backoff = Backoff::new(self.retry_delay_max);
         let mut probed = false;
         loop {
+            if !self.turn_comes(&mut seeker).await {
+                return None;
+            }
             let attempt = async {
                 if !probed {
-                    let abilities = self.store.probe(&self.probe_prefix).await?;
-                    if !(abilities.prove_one_writer() || self.single_writer) {
-                        self.halt.stop(ArchiveError::NoConditions { url: self.archive.url() });
+                    if let Some((cause, error)) = self.objection().await? {
+                        let message = format!("{}; {}", error.describe(), error.hint());
+                        self.refuse(cause, message, error);
+                        return Ok(None);
                     }
-                    self.refuse_other_cluster().await?;
                     probed = true;
                 }
-                seeker.try_take().await
+                seeker.try_take().await.map(Some)
             };
             tokio::pin!(attempt);
             let attempt = loop {
@@ -80,7 +119,9 @@ impl Uploader {
                 }
             };
             let delay = match attempt {
-                Ok(LeaseAttempt::Taken(lease)) => {
+                // Before anything is written under the name.
+                Ok(None) => return None,
+                Ok(Some(LeaseAttempt::Taken(lease))) => {
                     self.turn.is_ours(self.shown.name());
                     self.board.clear(CauseCode::LeaseHeld);
                     self.board.clear(CauseCode::LeaseLost);
@@ -89,14 +130,20 @@ impl Uploader {
                     }
                     return Some(lease);
                 }
-                Ok(LeaseAttempt::HeldByOther { agent, host, renewed }) => {
+                Ok(Some(LeaseAttempt::HeldByOther { agent, host, renewed })) => {
                     let name = self.shown.name();
                     self.turn.is_anothers(name);
-                    let why = format!(
+                    let unreadable = format!(
+                        "repository {name}: lease.json cannot be read, so it may be another agent's, and this one stands by; \
+                         nothing: unless somebody renews it, this one takes it over after {} s",
+                        LEASE_TTL.as_secs()
+                    );
+                    let held = format!(
                         "repository {name}: agent {agent} on {host} holds the lease (renewed {renewed}), and this one stands by; \
                          nothing, if that is the agent that should archive; else stop it, and this one takes over {} s later",
                         LEASE_TTL.as_secs()
                     );
+                    let why = if agent == LEASE_UNREADABLE { unreadable } else { held };
                     self.board.raise(CauseCode::LeaseHeld, why);
                     LEASE_POLL
                 }
@@ -113,14 +160,30 @@ impl Uploader {
         }
     }
 
-    /// Another cluster under the name is looked for before the first write: at the start the store may not have answered (I6).
-    async fn refuse_other_cluster(&self) -> Result<(), RepositoryError> {
-        let succession = self.archive.repository().succession().await?;
-        if let Some(expected) = succession.kept_by(self.system) {
-            let error = ArchiveError::OtherCluster { found: self.system, expected };
-            self.board.raise(CauseCode::OtherCluster, format!("{}; {}", error.describe(), error.hint()));
-            self.halt.stop(error);
+    /// Why this repository may not be written to at all. Looked at before the first write: at the start the store may not have
+    /// answered (I6).
+    async fn objection(&self) -> Result<Option<(CauseCode, ArchiveError)>, RepositoryError> {
+        let abilities = self.store.probe(&self.probe_prefix).await?;
+        if !(abilities.prove_one_writer() || self.single_writer) {
+            let error = ArchiveError::NoConditions { url: self.archive.url() };
+            return Ok(Some((CauseCode::StoreFailing, error)));
         }
-        Ok(())
+        let kept_by = self.archive.repository().succession().await?.kept_by(self.system);
+        Ok(kept_by
+            .map(|expected| (CauseCode::OtherCluster, ArchiveError::OtherCluster { found: self.system, expected })))
+    }
+
+    /// Going on here would be wrong until an operator acts. A required repository stops archiving; another one only its own uploads.
+    pub(super) fn refuse(&self, cause: CauseCode, message: String, error: ArchiveError) {
+        if self.required {
+            self.board.raise(cause, message);
+            return self.halt.stop(error);
+        }
+        let message = format!(
+            "{message}; archiving goes on without repository {}, which is not required: nothing is sent there until Walden is started again",
+            self.shown.name()
+        );
+        self.tell_store(Work::Requests, Some(message.clone()));
+        self.board.raise(cause, message);
     }
 }

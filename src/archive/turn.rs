@@ -1,6 +1,10 @@
 //! Whose turn it is to archive, as the required repositories' leases tell (I20).
+//!
+//! Of two agents that each had one of two leases neither would ever archive. So the leases are taken in one order, that of the
+//! repositories' names and the required ones first: whoever sees an earlier one taken gives the later ones back, and waits.
 
 use std::collections::BTreeMap;
+use std::ops::Bound;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,9 +22,17 @@ enum Seat {
     Taken,
 }
 
+type Seats = BTreeMap<String, Seat>;
+
+/// Those in front of `repository`; all of them for one that is not required, and for `None`, the live path.
+fn before<'a>(seats: &'a Seats, repository: Option<&str>) -> impl Iterator<Item = Seat> + use<'a> {
+    let end = repository.filter(|name| seats.contains_key(*name)).map_or(Bound::Unbounded, Bound::Excluded);
+    seats.range::<str, _>((Bound::Unbounded, end)).map(|(_, seat)| *seat)
+}
+
 /// Shared by the uploaders, who learn it, and the live path, which stands by while another agent archives. Clones share it.
 #[derive(Clone, Debug)]
-pub struct Turn(Arc<watch::Sender<BTreeMap<String, Seat>>>);
+pub struct Turn(Arc<watch::Sender<Seats>>);
 
 impl Turn {
     /// `required`: names of the repositories that count.
@@ -49,20 +61,43 @@ impl Turn {
         self.set(repository, |seat| if seat == Seat::Unknown { Seat::Free } else { seat });
     }
 
+    /// The lease was given back.
+    pub fn is_given_back(&self, repository: &str) {
+        self.set(repository, |_| Seat::Unknown);
+    }
+
     /// Waits until no other agent archives.
     pub async fn comes(&self) {
-        let mut seats = self.0.subscribe();
-        let known = |seats: &BTreeMap<String, Seat>| seats.values().all(|seat| *seat != Seat::Unknown);
-        // Without an answer in time: no other agent is known.
-        let _ = tokio::time::timeout(FIRST_ANSWER, seats.wait_for(known)).await;
-        // The sender lives as long as this handle.
-        let _ = seats.wait_for(|seats| !seats.values().any(|seat| *seat == Seat::Taken)).await;
+        self.comes_before(None).await;
     }
 
     /// Waits until another agent archives.
     pub async fn is_lost(&self) {
+        self.is_lost_before(None).await;
+    }
+
+    /// Waits until no other agent has a repository in front of this one.
+    pub async fn comes_to(&self, repository: &str) {
+        self.comes_before(Some(repository)).await;
+    }
+
+    /// Waits until another agent has a repository in front of this one.
+    pub async fn leaves(&self, repository: &str) {
+        self.is_lost_before(Some(repository)).await;
+    }
+
+    async fn comes_before(&self, repository: Option<&str>) {
         let mut seats = self.0.subscribe();
-        let _ = seats.wait_for(|seats| seats.values().any(|seat| *seat == Seat::Taken)).await;
+        let known = |seats: &Seats| before(seats, repository).all(|seat| seat != Seat::Unknown);
+        // Without an answer in time: no other agent is known.
+        let _ = tokio::time::timeout(FIRST_ANSWER, seats.wait_for(known)).await;
+        // The sender lives as long as this handle.
+        let _ = seats.wait_for(|seats| before(seats, repository).all(|seat| seat != Seat::Taken)).await;
+    }
+
+    async fn is_lost_before(&self, repository: Option<&str>) {
+        let mut seats = self.0.subscribe();
+        let _ = seats.wait_for(|seats| before(seats, repository).any(|seat| seat == Seat::Taken)).await;
     }
 }
 
@@ -85,5 +120,30 @@ mod tests {
         // One that is not required does not count.
         turn.is_anothers("optional");
         turn.comes().await;
+    }
+
+    #[tokio::test]
+    async fn leases_are_taken_in_one_order_and_given_back_in_it() {
+        let turn = Turn::new(["b".to_owned(), "a".to_owned()]);
+        turn.comes_to("a").await;
+        let blocked = async |name: &str| {
+            let waited = tokio::time::timeout(Duration::from_millis(20), turn.comes_to(name)).await;
+            let left = tokio::time::timeout(Duration::from_millis(20), turn.leaves(name)).await;
+            (waited.is_err(), left.is_ok())
+        };
+        // The first one is not known yet: it is waited for, and nothing is given back.
+        assert_eq!((blocked("a").await, blocked("b").await), ((false, false), (true, false)));
+        turn.is_ours("a");
+        assert_eq!((blocked("b").await, blocked("optional").await), ((false, false), (true, false)));
+        turn.is_anothers("b");
+        // The one behind it blocks none in front, so one agent gets both.
+        assert_eq!((blocked("a").await, blocked("b").await), ((false, false), (false, false)));
+        assert_eq!(blocked("optional").await, (true, true));
+        turn.is_anothers("a");
+        turn.is_ours("b");
+        assert_eq!((blocked("a").await, blocked("b").await), ((false, false), (true, true)));
+        turn.is_given_back("b");
+        turn.is_ours("a");
+        assert_eq!(blocked("b").await, (false, false));
     }
 }

@@ -18,6 +18,7 @@ use super::course::Courses;
 use super::pace::Pace;
 use super::ship::Shipped;
 use super::tail::{Offer, Piece, Tail, TailedSegment};
+use super::tenure::RELEASE_LIMIT;
 use super::turn::Turn;
 use super::{ArchiveError, Halt, Missing};
 use crate::failure::NextStep;
@@ -63,6 +64,12 @@ pub(super) enum Work {
 pub struct Failing(Mutex<BTreeMap<(String, Work), String>>);
 
 impl Failing {
+    /// The names of those that fail now.
+    pub(super) fn names(&self) -> BTreeSet<String> {
+        let failing = self.0.lock().expect("no one panics while holding it");
+        failing.keys().map(|(name, _)| name.clone()).collect()
+    }
+
     pub(super) fn set(&self, board: &Board, shown: &RepositoryBoard, work: Work, error: Option<String>) {
         let mut failing = self.0.lock().expect("no one panics while holding it");
         let key = (shown.name().to_owned(), work);
@@ -89,6 +96,8 @@ pub struct Uploader {
     /// Where the store's abilities are tried out.
     pub probe_prefix: String,
     pub single_writer: bool,
+    /// WAL must be in it to be archived. One that is not holds nothing up: not the others, not base backups, not the end.
+    pub required: bool,
     pub holder: LeaseHolder,
     pub spool: Spool,
     pub backlog: Arc<Backlog>,
@@ -117,6 +126,8 @@ pub struct Uploader {
 
 pub(super) enum Ended {
     Shutdown,
+    /// Another agent has a repository in front of this one.
+    NotOurTurn,
     /// Taken by another agent, or `None`: not renewed in time, because the store did not answer.
     LeaseLost {
         by: Option<String>,
@@ -132,9 +143,13 @@ struct Stand {
     joining: bool,
     /// It cannot be looked at yet.
     join_waits: bool,
-    /// The timeline whose pieces were listed.
-    listed: Option<TimelineId>,
+    /// The segment from which on the pieces of its timeline were listed.
+    listed: Option<SegmentName>,
     listing: bool,
+    /// The timeline in which it was looked for pieces that a crash left.
+    tidied: Option<TimelineId>,
+    /// Pieces stay: this agent may not delete.
+    pieces_stay: bool,
     /// The last look failed, or came too early.
     ask_not_before: Option<Instant>,
     /// Segments of which pieces were found then.
@@ -154,6 +169,13 @@ struct Stand {
     silent: bool,
 }
 
+impl Stand {
+    /// Whether it is known which pieces are there of a segment.
+    fn is_listed(&self, segment: SegmentName) -> bool {
+        self.listed.is_some_and(|from| from.timeline() == segment.timeline() && from <= segment)
+    }
+}
+
 /// What `coverage.json` was told last.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Covered {
@@ -167,10 +189,14 @@ pub(super) struct Covered {
 /// What is done beside the uploads, so that none of it holds them up.
 enum Chore {
     Joined(Result<bool, RepositoryError>),
-    Listed { timeline: TimelineId, found: Result<Vec<(SegmentName, Vec<StoredPiece>)>, RepositoryError> },
+    Listed {
+        from: SegmentName,
+        found: Result<Vec<(SegmentName, Vec<StoredPiece>)>, RepositoryError>,
+    },
     Renewed(Result<(), RepositoryError>),
     Covered(Option<(PgTime, Lsn)>),
-    Tidied,
+    /// Whether it may delete.
+    Tidied(bool),
 }
 
 impl Uploader {
@@ -204,8 +230,12 @@ impl Uploader {
                 ships.spawn(self.clone().ship_piece(writer.clone(), piece, cancel.clone()));
             }
             tokio::select! {
-                () = self.shutdown.cancelled() => return Ended::Shutdown,
+                () = self.shutdown.cancelled() => {
+                    end_renewal(&mut chores, &mut stand).await;
+                    return Ended::Shutdown;
+                }
                 () = self.halt.halted() => return Ended::Halted,
+                () = self.turn.leaves(self.shown.name()) => return Ended::NotOurTurn,
                 _ = backlog_changed.changed() => stand.join_waits = false,
                 _ = tail_changed.changed() => {}
                 _ = tick.tick() => self.tell_silence(&mut stand),
@@ -233,14 +263,19 @@ impl Uploader {
                         in_flight.retain(|name| *name != entry.relative);
                         if entry.relative.starts_with("wal/") && let Some(segment) = segment_of(&entry, self.segment_size) {
                             let (uploader, writer) = (self.clone(), writer.clone());
-                            if stand.in_pieces.remove(&segment) || self.tail_on || self.durable_in_repository {
+                            let had_pieces = stand.in_pieces.remove(&segment) || self.tail_on || self.durable_in_repository;
+                            if had_pieces && !stand.pieces_stay {
                                 chores.spawn(async move {
-                                    uploader.drop_pieces(&writer, segment).await;
-                                    Chore::Tidied
+                                    Chore::Tidied(uploader.drop_pieces(&writer, segment).await)
                                 });
                             }
                         }
+                        if entry.relative.starts_with("gaps/") && !self.required {
+                            // It may be a gap of this repository alone, which was not told before it is known here.
+                            stand.joined = false;
+                        }
                     }
+                    Ok(Shipped::Released { entry }) => in_flight.retain(|name| *name != entry.relative),
                     Ok(Shipped::Piece { segment, start, end }) => {
                         self.tell_store(Work::Pieces, None);
                         self.pace.went_well();
@@ -250,7 +285,10 @@ impl Uploader {
                         stand.courses.given_up(segment, start);
                         stand.piece_not_before = Some(Instant::now() + PIECE_PAUSE);
                     }
-                    Ok(Shipped::Cancelled) => return Ended::Shutdown,
+                    Ok(Shipped::Cancelled) => {
+                        end_renewal(&mut chores, &mut stand).await;
+                        return Ended::Shutdown;
+                    }
                     Ok(Shipped::Failed { error: ArchiveError::Repository(error), what }) if error.is_lease_lost() => {
                         tracing::debug!(%what, "not written: the lease is lost");
                         return Ended::LeaseLost { by: lost_to(error) };
@@ -282,12 +320,18 @@ impl Uploader {
             let (uploader, writer) = (self.clone(), writer.clone());
             chores.spawn(async move { Chore::Joined(uploader.join_on(&writer).await) });
         }
-        let timeline = self.tail.segment().map(SegmentName::timeline);
-        if let Some(timeline) = timeline.filter(|timeline| stand.listed != Some(*timeline) && !stand.listing) {
+        if !stand.listing
+            && self.first_tailed().is_some_and(|segment| !stand.is_listed(segment))
+            && let Some(from) = self.pieces_needed()
+        {
             stand.listing = true;
             let (uploader, writer) = (self.clone(), writer.clone());
-            chores
-                .spawn(async move { Chore::Listed { timeline, found: uploader.list_pieces(&writer, timeline).await } });
+            chores.spawn(async move { Chore::Listed { from, found: uploader.list_pieces(&writer, from).await } });
+        }
+        if let Some(listed) = stand.listed.filter(|from| stand.tidied != Some(from.timeline())) {
+            stand.tidied = Some(listed.timeline());
+            let (uploader, writer) = (self.clone(), writer.clone());
+            chores.spawn(async move { Chore::Tidied(uploader.tidy_pieces(&writer, listed).await) });
         }
     }
 
@@ -318,10 +362,10 @@ impl Uploader {
                     self.tell_store(Work::Requests, None);
                 }
             }
-            Chore::Listed { timeline, found: Ok(found) } => {
+            Chore::Listed { from, found: Ok(found) } => {
                 found.iter().for_each(|(segment, pieces)| stand.courses.listed(*segment, pieces));
                 stand.in_pieces.extend(found.iter().map(|(segment, _)| *segment));
-                (stand.listed, stand.listing) = (Some(timeline), false);
+                (stand.listed, stand.listing) = (Some(from), false);
                 if !stand.silent {
                     self.tell_store(Work::Requests, None);
                 }
@@ -354,7 +398,7 @@ impl Uploader {
                     stand.covered = Covered { until: Some(until), archived: Some(archived), moved, written: now };
                 }
             }
-            Chore::Tidied => {}
+            Chore::Tidied(may_delete) => stand.pieces_stay |= !may_delete,
         }
         None
     }
@@ -363,12 +407,12 @@ impl Uploader {
     fn stop_for(&self, error: &ArchiveError, what: &str) {
         self.shown.upload_failed();
         let message = format!("repository {}: {what}: {}; {}", self.shown.name(), error.describe(), error.hint());
-        if matches!(error, ArchiveError::Repository(error) if error.is_conflict()) {
-            self.board.raise(CauseCode::Conflict, message.clone());
-        } else {
-            self.board.raise(CauseCode::SpoolFailing, message.clone());
-        }
-        self.halt.stop(ArchiveError::Refused { why: message });
+        let cause = match error {
+            ArchiveError::Repository(error) if error.is_conflict() => CauseCode::Conflict,
+            ArchiveError::Repository(_) => CauseCode::StoreFailing,
+            _ => CauseCode::SpoolFailing,
+        };
+        self.refuse(cause, message.clone(), ArchiveError::Refused { why: message });
     }
 
     /// Where the first segment starts that this repository lacks, and its timeline: everything before is there or told as a gap.
@@ -414,9 +458,7 @@ impl Uploader {
         let settings = self.wal.borrow().clone()?;
         for at in self.segments_to_tail(stand, is_urgent) {
             // A timeline's history comes first (I10), and so does the list of what is there.
-            if stand.listed != Some(at.segment.timeline())
-                || self.backlog.lacks_history(self.shown.name(), at.segment.timeline())
-            {
+            if !stand.is_listed(at.segment) || self.backlog.lacks_history(self.shown.name(), at.segment.timeline()) {
                 return None;
             }
             let (from, until) = stand.courses.next(at.segment);
@@ -450,18 +492,23 @@ impl Uploader {
         segments
     }
 
-    /// The spool's copy is damaged: it is set aside, and the live path takes the bytes again from the server (D4).
+    /// The spool's copy is damaged, or has vanished: it is set aside, and the live path takes the bytes again from the server (D4).
     async fn fetch_again(&self, relative: &str, error: &ArchiveError) {
-        let message = format!("{relative} in the spool: {}; it is set aside and fetched again", error.describe());
+        let message = format!("{relative} in the spool: {}; it is fetched again", error.describe());
         self.board.raise(CauseCode::SpoolFailing, message);
         let (backlog, spool, relative) = (self.backlog.clone(), self.spool.clone(), relative.to_owned());
         let (missing, size) = (self.missing.clone(), self.segment_size);
         let job = tokio::task::spawn_blocking(move || -> Result<(), ArchiveError> {
             let Some(entry) = backlog.entry(&relative) else { return Ok(()) };
-            spool.quarantine(&spool.folder().join(&relative))?;
-            backlog.forget(&entry);
+            if spool.quarantine(&spool.folder().join(&relative))? {
+                backlog.forget(&entry);
+            } else {
+                backlog.lose(&entry);
+            }
             if let Some(segment) = segment_of(&entry, size) {
                 missing.add(segment);
+            } else if let Some(timeline) = history_of(&relative) {
+                missing.add_history(timeline);
             }
             Ok(())
         });
@@ -471,6 +518,20 @@ impl Uploader {
             Err(panic) => self.halt.stop(ArchiveError::Internal { why: panic.to_string() }),
         }
     }
+}
+
+/// A renewal that is on its way would come after the release, and hold the next agent up.
+async fn end_renewal(chores: &mut JoinSet<Chore>, stand: &mut Stand) {
+    let ended = async {
+        while stand.renewing.is_some() {
+            match chores.join_next().await {
+                Some(Ok(Chore::Renewed(_))) | None => stand.renewing = None,
+                Some(_) => {}
+            }
+        }
+    };
+    // One that takes longer runs out by itself.
+    let _ = tokio::time::timeout(RELEASE_LIMIT, ended).await;
 }
 
 /// Who has the lease now, if it was taken and did not only run out.
@@ -490,6 +551,11 @@ pub fn describe(error: &RepositoryError) -> String {
         source = cause.source();
     }
     format!("{text}; {}", error.hint())
+}
+
+/// The timeline whose history file this is.
+pub(super) fn history_of(relative: &str) -> Option<TimelineId> {
+    TimelineId::from_hex(relative.strip_prefix("wal/")?.strip_suffix(".history")?).ok()
 }
 
 /// The whole segment that an entry holds, or whose last part it is.

@@ -20,6 +20,7 @@ pub mod fuzzing;
 mod header;
 mod manifest;
 mod parts;
+mod places;
 mod splitter;
 mod stream;
 mod tar_reader;
@@ -34,13 +35,14 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::postgres::{BackupOptions, ConnectSettings};
-use crate::repository::{Archive, BackupId, BackupJson, BackupTablespace, BackupWriter, RequiredSettings, StoredPart};
+use crate::repository::{Archive, BackupId, BackupJson, BackupTablespace, RequiredSettings, StoredPart};
 use crate::seal::Compression;
 use crate::storage::BoxError;
 use crate::wal::{Lsn, PgTime, TimelineId};
 
 pub use error::BackupError;
 
+use places::{FIRST_PATIENCE, FIRST_TRIES, Place};
 use stream::{StreamJob, Streamed};
 use upload::{Uploader, until_done, until_due};
 
@@ -58,6 +60,8 @@ pub struct BackupRequest {
     pub settings: ConnectSettings,
     /// Where to: each of one cluster, the one that the server must be. The backup is complete when it is in all of them.
     pub archives: Vec<Archive>,
+    /// Into these too, for as long as they keep up.
+    pub optional: Vec<Archive>,
     /// The user's own word for it.
     pub label: Option<String>,
     pub fast_checkpoint: bool,
@@ -108,7 +112,7 @@ pub trait WalWaiter: Send + Sync {
     async fn wait_archived(&self, timeline: TimelineId, start: Lsn, stop: Lsn) -> Result<(), BoxError>;
 }
 
-/// Takes one base backup into every given repository. Returns what was written as `backup.json`.
+/// Takes one base backup into every required repository, and into others that keep up. Returns what was written as `backup.json`.
 ///
 /// Cancelling `cancel`, or dropping the call, ends it soon; cancelling also removes what was stored.
 pub async fn take(
@@ -120,32 +124,33 @@ pub async fn take(
     let stop = cancel.child_token();
     // Should this call be dropped, the thread and the uploads end as well.
     let _stop_on_drop = stop.clone().drop_guard();
-    let writers = writers(&request, &stop).await?;
-    let outcome = take_with(&request, &writers, wal, progress, &stop).await;
-    if outcome.is_err() {
-        let limit = if cancel.is_cancelled() { DISCARD_LIMIT_CANCELLED } else { DISCARD_LIMIT };
-        for writer in &writers {
-            // Without backup.json there is no backup; what stays only takes room.
-            match tokio::time::timeout(limit, writer.discard()).await {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => tracing::warn!(
-                    backup = %writer.id(),
-                    error = &error as &dyn std::error::Error,
-                    "the failed base backup could not be removed from the repository"
-                ),
-                Err(_) => tracing::warn!(backup = %writer.id(), "removing the failed base backup took too long"),
-            }
+    let places = places(&request, &stop).await?;
+    let outcome = take_with(&request, &places, wal, progress, &stop).await;
+    let is_over = |place: &&Place| outcome.is_err() || place.is_left_out();
+    for Place { writer, .. } in places.iter().filter(is_over) {
+        let hurry = cancel.is_cancelled() || outcome.is_ok();
+        let limit = if hurry { DISCARD_LIMIT_CANCELLED } else { DISCARD_LIMIT };
+        // Without backup.json there is no backup; what stays only takes room.
+        match tokio::time::timeout(limit, writer.discard()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(
+                backup = %writer.id(),
+                error = &error as &dyn std::error::Error,
+                "the failed base backup could not be removed from the repository"
+            ),
+            Err(_) => tracing::warn!(backup = %writer.id(), "removing the failed base backup took too long"),
         }
     }
     outcome
 }
 
 /// A writer per repository, all under one id: the start time's second, or the next one that is free in all of them.
-async fn writers(request: &BackupRequest, stop: &CancellationToken) -> Result<Vec<BackupWriter>, BackupError> {
+async fn places(request: &BackupRequest, stop: &CancellationToken) -> Result<Vec<Place>, BackupError> {
     let mut id = BackupId::full_at((request.clock)());
     let deadline = request.first_contact.map(|patience| Instant::now() + patience);
+    let mut optional = request.optional.clone();
     loop {
-        let mut writers: Vec<BackupWriter> = Vec::new();
+        let mut places: Vec<Place> = Vec::new();
         for archive in &request.archives {
             let writer = || archive.backup_writer(id.clone());
             let writer = match deadline {
@@ -153,23 +158,42 @@ async fn writers(request: &BackupRequest, stop: &CancellationToken) -> Result<Ve
                 Some(deadline) => until_due(stop, request.retry_delay_max, deadline, writer).await?,
             };
             id = writer.id().clone();
-            writers.push(writer);
+            places.push(Place::new(writer, true));
         }
-        if writers.iter().all(|writer| *writer.id() == id) {
-            return Ok(writers);
+        let mut answering = Vec::new();
+        for archive in optional {
+            let writer = || archive.backup_writer(id.clone());
+            let asked = until_done(stop, request.retry_delay_max, Some(FIRST_TRIES), writer);
+            let name = archive.repository().name();
+            match tokio::time::timeout(FIRST_PATIENCE, asked).await {
+                Ok(Ok(writer)) => {
+                    id = writer.id().clone();
+                    places.push(Place::new(writer, false));
+                    answering.push(archive);
+                }
+                Ok(Err(BackupError::Cancelled)) => return Err(BackupError::Cancelled),
+                Ok(Err(error)) => places::left_out(name, &places::describe(&error)),
+                Err(_) => {
+                    places::left_out(name, &format!("no answer within {} s", FIRST_PATIENCE.as_secs()));
+                }
+            }
+        }
+        optional = answering;
+        if places.iter().all(|place| *place.writer.id() == id) {
+            return Ok(places);
         }
     }
 }
 
 async fn take_with(
     request: &BackupRequest,
-    writers: &[BackupWriter],
+    places: &[Place],
     wal: &dyn WalWaiter,
     progress: Arc<dyn Fn(Progress) + Send + Sync>,
     stop: &CancellationToken,
 ) -> Result<BackupJson, BackupError> {
     let begun = Instant::now();
-    let (Some(archive), Some(writer)) = (request.archives.first(), writers.first()) else {
+    let (Some(archive), Some(Place { writer, .. })) = (request.archives.first(), places.first()) else {
         return Err(BackupError::Internal { why: "no repository was given".into() });
     };
     let max_rate_kib = request.max_rate.map(|rate| u32::try_from(rate / 1024).unwrap_or(u32::MAX));
@@ -190,7 +214,7 @@ async fn take_with(
         stop: stop.clone(),
     };
     let uploader = Uploader {
-        writers: writers.to_vec(),
+        places: places.to_vec(),
         parts_in_flight: request.upload_concurrency.clamp(1, PARTS_IN_FLIGHT_MAX),
         retry_delay_max: request.retry_delay_max,
         stop: stop.clone(),
@@ -202,8 +226,10 @@ async fn take_with(
     told(Stage::Wal);
     wait_for_wal(request, wal, &streamed, stop).await?;
     let backup = describe(request, writer.id().clone(), &streamed, stored, begun.elapsed())?;
-    for writer in writers {
-        until_done(stop, request.retry_delay_max, None, || writer.finish(&backup)).await?;
+    for place in places {
+        let branch = (streamed.stop_timeline, streamed.start_lsn, streamed.stop_lsn);
+        place.wait_for_wal(stop, branch, streamed.segment_size).await?;
+        place.until_done(stop, request.retry_delay_max, None, || place.writer.finish(&backup)).await?;
     }
     Ok(backup)
 }

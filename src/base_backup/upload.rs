@@ -16,6 +16,7 @@ use crate::storage::{Backoff, Body, MultipartUpload, StorageError};
 
 use super::BackupError;
 use super::parts::Part;
+use super::places::Place;
 
 /// Tries for what cannot be expected to heal by waiting, such as a checksum that the store did not accept.
 const DOUBTFUL_TRIES: u32 = 5;
@@ -24,7 +25,7 @@ const COMPLETE_TRIES: u32 = 30;
 const ABORT_LIMIT: Duration = Duration::from_secs(5);
 
 pub(super) struct Uploader {
-    pub(super) writers: Vec<BackupWriter>,
+    pub(super) places: Vec<Place>,
     /// Parts in memory at most, those being sent included.
     pub(super) parts_in_flight: usize,
     pub(super) retry_delay_max: Duration,
@@ -82,7 +83,7 @@ impl Uploader {
                 // Bounded by the places: every part in it holds one.
                 let (channel, receiver) = mpsc::unbounded_channel();
                 let object =
-                    Object { writers: self.writers.clone(), delay_max: self.retry_delay_max, stop: self.stop.clone() };
+                    Object { places: self.places.clone(), delay_max: self.retry_delay_max, stop: self.stop.clone() };
                 objects.spawn(object.store(receiver));
                 channel
             });
@@ -103,10 +104,13 @@ fn joined(result: Result<Result<StoredPart, BackupError>, tokio::task::JoinError
     result.unwrap_or_else(|error| Err(BackupError::Internal { why: error.to_string() }))
 }
 
+/// One object's upload to each place; `None` where it is left out.
+type Uploads = Vec<Option<Arc<dyn MultipartUpload>>>;
+
 /// One object of the backup on its way to every repository.
 #[derive(Clone)]
 struct Object {
-    writers: Vec<BackupWriter>,
+    places: Vec<Place>,
     delay_max: Duration,
     stop: CancellationToken,
 }
@@ -116,18 +120,20 @@ impl Object {
         let Some(first) = parts.recv().await else { return Err(BackupError::Cancelled) };
         if let Some(whole) = first.part.whole.clone() {
             let body = Body::Bytes(first.part.bytes.clone());
-            try_join_all(self.writers.iter().map(|writer| {
-                self.until_done(None, || writer.put(&whole.key, &body, whole.stored_bytes, whole.stored_crc32))
+            try_join_all(self.places.iter().map(|place| {
+                let put = || place.writer.put(&whole.key, &body, whole.stored_bytes, whole.stored_crc32);
+                self.until_done(place, None, put)
             }))
             .await?;
             return Ok(whole);
         }
         let name = first.part.object.clone();
-        let begun = self.writers.iter().map(|writer| self.until_done(None, || writer.begin_multipart(&name)));
-        let uploads: Vec<Arc<dyn MultipartUpload>> = try_join_all(begun).await?.into_iter().map(Arc::from).collect();
+        let begun =
+            self.places.iter().map(|place| self.until_done(place, None, || place.writer.begin_multipart(&name)));
+        let uploads: Uploads = try_join_all(begun).await?.into_iter().map(|begun| begun.map(Arc::from)).collect();
         let outcome = self.send_parts(&uploads, first, &mut parts).await;
-        if outcome.is_err() {
-            for upload in &uploads {
+        for (place, upload) in self.places.iter().zip(&uploads) {
+            if let Some(upload) = upload.as_ref().filter(|_| outcome.is_err() || place.is_left_out()) {
                 // Best effort: stores are told to forget unfinished uploads after some days (docs/operations.md).
                 let _ = tokio::time::timeout(ABORT_LIMIT, upload.abort()).await;
             }
@@ -137,7 +143,7 @@ impl Object {
 
     async fn send_parts(
         &self,
-        uploads: &[Arc<dyn MultipartUpload>],
+        uploads: &Uploads,
         first: Sent,
         parts: &mut mpsc::UnboundedReceiver<Sent>,
     ) -> Result<StoredPart, BackupError> {
@@ -148,7 +154,7 @@ impl Object {
                 // The encoder stopped in the middle; its error is the one to tell.
                 return Err(BackupError::Cancelled);
             };
-            let (object, uploads) = (self.clone(), uploads.to_vec());
+            let (object, uploads) = (self.clone(), uploads.clone());
             let (number, bytes, crc32, whole) = (part.number, part.bytes, part.crc32, part.whole);
             sending.spawn(async move {
                 let sent = object.send_part(&uploads, number, bytes, crc32).await;
@@ -169,23 +175,17 @@ impl Object {
         while let Some(sent) = sending.join_next().await {
             sent.map_err(|e| BackupError::Internal { why: e.to_string() })??;
         }
-        let completed = self.writers.iter().zip(uploads).map(|(writer, upload)| {
+        let completed = self.begun(uploads).map(|(place, upload)| {
             let whole = &whole;
-            self.until_done(Some(COMPLETE_TRIES), move || complete(writer, upload.as_ref(), whole))
+            self.until_done(place, Some(COMPLETE_TRIES), move || complete(&place.writer, upload.as_ref(), whole))
         });
         try_join_all(completed).await?;
         Ok(whole)
     }
 
-    async fn send_part(
-        &self,
-        uploads: &[Arc<dyn MultipartUpload>],
-        number: u32,
-        bytes: Bytes,
-        crc32: u32,
-    ) -> Result<(), BackupError> {
-        try_join_all(uploads.iter().map(|upload| {
-            self.until_done(None, || {
+    async fn send_part(&self, uploads: &Uploads, number: u32, bytes: Bytes, crc32: u32) -> Result<(), BackupError> {
+        try_join_all(self.begun(uploads).map(|(place, upload)| {
+            self.until_done(place, None, || {
                 let (upload, bytes) = (upload.clone(), bytes.clone());
                 async move { upload.put_part(number, bytes, crc32).await.map_err(RepositoryError::from) }
             })
@@ -194,11 +194,21 @@ impl Object {
         .map(|_| ())
     }
 
-    async fn until_done<T, F>(&self, tries_max: Option<u32>, call: impl Fn() -> F) -> Result<T, BackupError>
+    /// Those that have begun the object.
+    fn begun<'a>(&'a self, uploads: &'a Uploads) -> impl Iterator<Item = (&'a Place, &'a Arc<dyn MultipartUpload>)> {
+        self.places.iter().zip(uploads).filter_map(|(place, upload)| Some((place, upload.as_ref()?)))
+    }
+
+    async fn until_done<T, F>(
+        &self,
+        place: &Place,
+        tries_max: Option<u32>,
+        call: impl Fn() -> F,
+    ) -> Result<Option<T>, BackupError>
     where
         F: Future<Output = Result<T, RepositoryError>>,
     {
-        until_done(&self.stop, self.delay_max, tries_max, call).await
+        place.until_done(&self.stop, self.delay_max, tries_max, call).await
     }
 }
 

@@ -41,7 +41,7 @@ async fn fixture() -> Fixture {
 impl Fixture {
     fn uploader(&self) -> Uploader {
         Uploader {
-            writers: self.writers.clone(),
+            places: self.writers.iter().map(|writer| Place::new(writer.clone(), true)).collect(),
             parts_in_flight: 3,
             retry_delay_max: Duration::from_millis(2),
             stop: self.stop.clone(),
@@ -50,6 +50,10 @@ impl Fixture {
 
     /// A large object of three parts and a small one, as a backup would give them.
     async fn run(&self) -> Result<BTreeMap<String, StoredPart>, BackupError> {
+        self.run_with(self.uploader()).await
+    }
+
+    async fn run_with(&self, uploader: Uploader) -> Result<BTreeMap<String, StoredPart>, BackupError> {
         let mut encoder = PartEncoder::new(Compression::Lz4, 0).unwrap();
         encoder.begin("volumes/000001.tar");
         encoder.write(&NOISE).unwrap();
@@ -65,7 +69,7 @@ impl Fixture {
                 }
             }
         };
-        tokio::join!(self.uploader().run(receiver), feed).0
+        tokio::join!(uploader.run(receiver), feed).0
     }
 
     async fn keys(&self, store: usize) -> Vec<String> {
@@ -106,6 +110,20 @@ async fn a_failed_part_is_tried_again_not_the_backup() {
     }
 }
 
+/// A store that has forgotten the upload never takes a part of it again: the backup waited for ever.
+#[tokio::test]
+async fn an_upload_that_the_store_forgot_ends_the_backup() {
+    for operation in [Operation::PutPart, Operation::Complete] {
+        let fixture = fixture().await;
+        fixture.plan.add(Rule::new(operation, Effect::Fail(Failure::UploadGone)));
+        let ended = tokio::time::timeout(Duration::from_secs(20), fixture.run()).await.expect("it ends");
+        assert!(
+            matches!(ended, Err(BackupError::Repository(RepositoryError::Storage(StorageError::UploadGone { .. })))),
+            "{operation:?}: {ended:?}"
+        );
+    }
+}
+
 #[tokio::test]
 async fn a_cancelled_upload_leaves_no_object() {
     let fixture = fixture().await;
@@ -132,4 +150,24 @@ async fn another_object_of_the_same_name_ends_the_backup() {
     let crc32 = crc32fast::hash(&other);
     fixture.stores[0].put_new(&key, &Body::Bytes(other), crc32).await.unwrap();
     assert!(matches!(fixture.run().await, Err(BackupError::Repository(RepositoryError::OtherContent { .. }))));
+}
+
+/// A repository that is not required and fails is left out; the others have everything. It ended the backup, or stopped it for ever.
+#[tokio::test]
+async fn one_that_is_not_required_is_left_out() {
+    let failures = [Effect::Fail(Failure::Unavailable), Effect::Hang];
+    for operation in [Operation::PutNew, Operation::BeginMultipart, Operation::PutPart, Operation::Complete] {
+        for effect in failures {
+            let mut fixture = fixture().await;
+            fixture.plan.add(Rule::new(operation, effect).keys("backups/"));
+            let mut uploader = fixture.uploader();
+            let patience = Duration::from_millis(300);
+            uploader.places[0] = Place { patience, ..Place::new(fixture.writers[0].clone(), false) };
+            let places = uploader.places.clone();
+            let stored = fixture.run_with(uploader).await.unwrap();
+            fixture.writers.remove(0);
+            fixture.assert_stored(&stored).await;
+            assert!(places[0].is_left_out() && !places[1].is_left_out(), "{operation:?} {effect:?}");
+        }
+    }
 }

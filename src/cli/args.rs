@@ -229,7 +229,7 @@ pub struct RestoreArgs {
     /// The postgresql.conf to use, where the server kept it outside its data directory
     #[arg(long, value_name = "PATH")]
     pub config_file: Option<PathBuf>,
-    /// Whether the restored server goes on archiving as the backup's did
+    /// Whether the restored server goes on archiving, and waiting for synchronous standbys, as the backup's did
     #[arg(long, value_enum, default_value_t = ArchiveMode::Off, value_name = "MODE")]
     pub archive_mode: ArchiveMode,
     /// Rename what is at DIR to DIR.before-<UTC>; nothing is deleted

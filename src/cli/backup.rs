@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::args::BackupArgs;
 use super::error::CliError;
-use super::output::{Output, size};
+use super::output::{Output, size, tell};
 use super::{contact, exit, http, run::watch_stop};
 use crate::archive::{ArchiveError, Archiver, Streaming, Target};
 use crate::base_backup::{self, BackupError, Progress, Stage};
@@ -21,6 +21,8 @@ use crate::spool::SpoolError;
 use crate::telemetry::StatusJson;
 use crate::wal::{SystemIdentifier, TimelineId};
 
+/// A repository that is not required and does not answer for so long is left out.
+const OPTIONAL_PATIENCE: std::time::Duration = std::time::Duration::from_secs(5);
 /// An agent that has an answer gives it at once.
 const AGENT_PATIENCE: std::time::Duration = std::time::Duration::from_secs(3);
 
@@ -32,8 +34,10 @@ pub fn run(settings: &Settings, output: &Output, args: &BackupArgs) -> Result<u8
         let shutdown = CancellationToken::new();
         watch_stop(shutdown.clone())?;
         let json = take(settings, output, args, shutdown).await?;
+        // The backup is there, and yet something is to be done: both are said.
+        let damaged = json.pages_damaged().map(|what| CliError::new(exit::FAILED, what, backups::PAGES_HINT));
         if output.is_json() {
-            output.document(&backup_document(&json)?)?;
+            output.document(&backup_document(&json, damaged.as_ref())?)?;
         } else {
             output.line(&format!(
                 "{}  timeline {}  {} to {}  {}, {} stored, {:.1} s",
@@ -46,17 +50,22 @@ pub fn run(settings: &Settings, output: &Output, args: &BackupArgs) -> Result<u8
                 json.duration_seconds
             ))?;
         }
-        match json.pages_damaged() {
+        match damaged {
             None => Ok(exit::DONE),
-            Some(what) => Err(CliError::new(exit::FAILED, what, backups::PAGES_HINT)),
+            Some(error) => {
+                tell(&error.to_string());
+                Ok(error.code)
+            }
         }
     })
 }
 
-fn backup_document(json: &BackupJson) -> Result<serde_json::Value, CliError> {
+/// One document, with `error` where the command fails although the backup exists.
+fn backup_document(json: &BackupJson, error: Option<&CliError>) -> Result<serde_json::Value, CliError> {
     let mut document = serde_json::to_value(json).map_err(|e| CliError::from_error(exit::FAILED, &e, ""))?;
     if let Some(fields) = document.as_object_mut() {
         fields.insert("schema".into(), 1.into());
+        fields.extend(error.map(|error| ("error".to_owned(), error.to_json()["error"].clone())));
     }
     Ok(document)
 }
@@ -80,12 +89,29 @@ async fn take(
     // A running agent is found by its lock at once.
     plan.lock_patience = std::time::Duration::ZERO;
     let patience = contact::patience(settings);
+    let (mut required, mut optional) = (Vec::new(), Vec::new());
     for target in &targets {
+        let patience = if target.required { patience } else { patience.min(OPTIONAL_PATIENCE) };
         let look = || look(target, &settings.archive.cluster, info.system_identifier);
-        let kept_by = tokio::select! {
-            looked = contact::first(target, patience, look) => looked?,
+        let looked = tokio::select! {
+            looked = contact::first(target, patience, look) => looked,
             () = shutdown.cancelled() => return Err(cancelled()),
         };
+        let archive = target.repository.bind(info.system_identifier);
+        if !target.required {
+            let why = match &looked {
+                Ok(None) => {
+                    optional.push(archive);
+                    continue;
+                }
+                Ok(Some(other)) => format!("it holds system {other}"),
+                Err(error) => super::error::chain(error),
+            };
+            output.note(&format!("without repository {}, which is not required: {why}", target.repository.name()));
+            continue;
+        }
+        let kept_by = looked?;
+        required.push(archive);
         // Also beside a running agent, whose server may have been replaced meanwhile.
         if let Some(expected) = kept_by {
             let error = ArchiveError::OtherCluster { found: info.system_identifier, expected };
@@ -104,9 +130,8 @@ async fn take(
         }
         Err(error) => return Err(alone::refused(&error.into())),
     };
-    let archives: Vec<_> = targets.iter().map(|target| target.repository.bind(info.system_identifier)).collect();
     let demand = archiver.as_ref().map(Archiver::tail_demand);
-    let wal = backups::StoredWal { archives: archives.clone(), segment_size, demand };
+    let wal = backups::StoredWal { archives: required.clone(), segment_size, demand };
     let bar = output.progress(None, "base backup");
     let shown = bar.clone();
     let progress = move |progress: Progress| {
@@ -123,6 +148,7 @@ async fn take(
     let streaming = archiver.as_ref().map(|archiver| archiver.streaming.clone());
     let backup = async {
         let connect = whose_wal_comes(settings, connect, streaming).await;
+        let archives = (required, optional);
         let mut request = backups::request(settings, &settings.backup, connect, archives, args.label.clone(), &board);
         request.first_contact = Some(patience);
         base_backup::take(request, &wal, Arc::new(progress), cancel.clone()).await

@@ -5,7 +5,7 @@ use comfy_table::{Table, presets};
 use serde_json::{Value, json};
 
 use super::args::ListArgs;
-use super::error::CliError;
+use super::error::{CliError, chain};
 use super::output::{Output, clean};
 use super::{exit, reading};
 use crate::config::Settings;
@@ -38,7 +38,7 @@ struct Found {
 
 /// The first repository that can be read.
 async fn look(repositories: &[Repository], system: Option<SystemIdentifier>) -> Result<Found, CliError> {
-    let mut first = None;
+    let mut passed_over: Vec<(&str, RestoreError)> = Vec::new();
     for repository in repositories {
         let attempt = async {
             let archive = repository.choose(system).await?;
@@ -47,14 +47,19 @@ async fn look(repositories: &[Repository], system: Option<SystemIdentifier>) -> 
             Ok::<_, RestoreError>(Found { archive, catalog, windows })
         };
         match attempt.await {
-            Ok(found) => return Ok(found),
-            Err(error) => {
-                tracing::debug!(repository = repository.name(), %error, "this repository cannot be read");
-                first.get_or_insert(error);
+            Ok(found) => {
+                for (name, error) in passed_over {
+                    tracing::warn!("repository {name} is passed over: {}", chain(&error));
+                }
+                return Ok(found);
             }
+            Err(error) => passed_over.push((repository.name(), error)),
         }
     }
-    Err(first.map_or_else(|| CliError::new(exit::USAGE, "no repository is configured", "configure one"), Into::into))
+    match passed_over.into_iter().next() {
+        Some((_, first)) => Err(first.into()),
+        None => Err(CliError::new(exit::USAGE, "no repository is configured", "configure one")),
+    }
 }
 
 impl Found {
@@ -65,7 +70,7 @@ impl Found {
     }
 
     fn told_beyond(&self) -> Option<Lsn> {
-        let branch = self.catalog.history(self.catalog.newest_timeline()?)?;
+        let branch = self.catalog.history(self.catalog.current_timeline()?)?;
         let end = self.catalog.stretches(&branch).last()?.end();
         self.catalog.told_beyond(&branch, end)
     }

@@ -26,9 +26,8 @@ pub fn runtime() -> Result<tokio::runtime::Runtime, CliError> {
 
 /// The configured repositories, in file order. No store is asked anything yet.
 pub async fn open(settings: &Settings) -> Result<Vec<Repository>, CliError> {
-    let targets = daemon::open_targets(settings).await;
-    let targets = targets.map_err(|error| CliError::from_error(error.exit_code(), &error, error.hint()))?;
-    Ok(targets.into_iter().map(|target| target.repository).collect())
+    let opened = daemon::open_to_read(settings).await;
+    opened.map_err(|error| CliError::from_error(error.exit_code(), &error, error.hint()))
 }
 
 impl From<RestoreError> for CliError {

@@ -10,10 +10,14 @@ use crate::restore::{self, ArchiveMode, CommandLine, ConfigSource};
 pub fn run(settings: &Settings, output: &Output, args: &RecoveryConfArgs) -> Result<u8, CliError> {
     let request = reading::request(&args.target)?;
     let (mut command, remark) = command_line(settings)?;
-    command.system = args.system.system_identifier;
     reading::runtime()?.block_on(async {
         let repositories = reading::open(settings).await?;
         let plan = restore::plan(&repositories, args.system.system_identifier, &request).await?;
+        // The plan holds for this system in this repository, and another one may hold less.
+        command.system = Some(plan.archive.system());
+        if repositories.len() > 1 {
+            command.repository = Some(plan.archive.repository().name().to_owned());
+        }
         let shown = restore::settings(&plan, &command, &[], ArchiveMode::Keep);
         if output.is_json() {
             let files = ["postgresql.auto.conf".to_string(), "recovery.signal".to_string()];

@@ -8,7 +8,7 @@ use indicatif::ProgressBar;
 
 use super::args::{ArchiveMode, RestoreArgs};
 use super::error::CliError;
-use super::output::Output;
+use super::output::{Output, clean};
 use super::{exit, reading};
 use crate::config::{Settings, StoreSettings};
 use crate::restore::{
@@ -33,11 +33,12 @@ pub fn run(settings: &Settings, output: &Output, args: &RestoreArgs) -> Result<u
         let shown = restore::settings(&plan, &command, &[], configuration.archive_mode);
         let files: Vec<String> =
             restore::written_files(&configuration).iter().map(|file| pgdata.join(file).display().to_string()).collect();
+        let options = options(settings, args, &pgdata);
         if args.dry_run {
             if output.is_json() {
                 output.document(&reading::plan_json(&plan, &shown, &files))?;
             } else {
-                output.line(&reading::plan_lines(&plan).join("\n"))?;
+                output.line(&plan_lines(&plan, &options)?.join("\n"))?;
             }
             return Ok(exit::DONE);
         }
@@ -45,10 +46,9 @@ pub fn run(settings: &Settings, output: &Output, args: &RestoreArgs) -> Result<u
             true => Some(restore::check_can_start(plan.backup.postgres_version / 10_000)?),
             false => None,
         };
-        let options = options(settings, args, &pgdata);
         // The plan is told when it will be carried out, not in front of a refusal.
         restore::check_places(&plan, &options)?;
-        for line in reading::plan_lines(&plan) {
+        for line in plan_lines(&plan, &options)? {
             output.note(&line);
         }
         fetch(&plan, settings, output, &options, &configuration).await?;
@@ -60,6 +60,19 @@ pub fn run(settings: &Settings, output: &Output, args: &RestoreArgs) -> Result<u
         }
         Ok(exit::DONE)
     })
+}
+
+/// The plan, and what is written outside of the data directory.
+fn plan_lines(plan: &Plan, options: &RestoreOptions) -> Result<Vec<String>, CliError> {
+    let mut lines = reading::plan_lines(plan);
+    for (location, place) in restore::tablespaces(plan, &options.tablespaces)? {
+        let place = place.display().to_string();
+        lines.push(match location == place {
+            true => format!("tablespace: {}", clean(&place)),
+            false => format!("tablespace: {}, at {} in the backup", clean(&place), clean(&location)),
+        });
+    }
+    Ok(lines)
 }
 
 fn absolute(path: &Path) -> Result<PathBuf, CliError> {

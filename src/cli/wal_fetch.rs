@@ -15,7 +15,7 @@ use clap::error::ErrorKind;
 
 use super::args::{Cli, Command};
 use super::error::CliError;
-use super::output::tell;
+use super::output::{Output, tell};
 use crate::config::Settings;
 use crate::telemetry::{LogSettings, start_logging};
 use crate::wal::SystemIdentifier;
@@ -75,7 +75,7 @@ pub fn run(args: &[OsString], deliver: Deliver) -> u8 {
         Ok(Fetched::Delivered) => DELIVERED,
         Ok(Fetched::ProvenAbsent) => PROVEN_ABSENT,
         Err(error) => {
-            tell(&error.to_string());
+            Output::from_args(args).failure(&CliError { code: NOT_DELIVERED, ..error });
             NOT_DELIVERED
         }
     }

@@ -31,6 +31,7 @@ pub const PAGES_HINT: &str = "keep the older backups; `SELECT pg_filenode_relati
 
 /// Waits for WAL by what the repositories themselves show, whoever brings it there.
 pub struct StoredWal {
+    /// The required ones.
     pub archives: Vec<Archive>,
     pub segment_size: SegmentSize,
     /// Where this process archives it.
@@ -45,9 +46,9 @@ impl WalWaiter for StoredWal {
         }
         for archive in &self.archives {
             loop {
-                match archive.archived_from(timeline, start, self.segment_size).await {
-                    Ok(archived) if archived.end >= stop => break,
-                    Ok(_) => {}
+                match archive.holds_wal(timeline, start, stop, self.segment_size).await {
+                    Ok(true) => break,
+                    Ok(false) => {}
                     // All is copied by now: a store that is away for a moment must not undo it. The caller's bound holds.
                     Err(error) if error.may_pass() => {
                         tracing::debug!(%error, "it is not known yet how far the WAL is archived");
@@ -61,12 +62,12 @@ impl WalWaiter for StoredWal {
     }
 }
 
-/// What a backup is told by the configuration.
+/// What a backup is told by the configuration. The archives: those that it must be in, and others.
 pub fn request(
     settings: &Settings,
     backup: &BackupSettings,
     connect: ConnectSettings,
-    archives: Vec<Archive>,
+    (archives, optional): (Vec<Archive>, Vec<Archive>),
     label: Option<String>,
     board: &Board,
 ) -> BackupRequest {
@@ -74,6 +75,7 @@ pub fn request(
     BackupRequest {
         settings: connect,
         archives,
+        optional,
         label,
         fast_checkpoint: backup.checkpoint == Checkpoint::Fast,
         max_rate: backup.max_rate,
@@ -104,7 +106,9 @@ pub struct Backups {
     pub connect: ConnectSettings,
     /// The host that WAL comes from: a backup is taken from the same.
     pub streaming: watch::Receiver<Option<Streaming>>,
+    /// The required ones. What is shown of backups is what the first of them holds.
     pub archives: Vec<Archive>,
+    pub optional: Vec<Archive>,
     pub segment_size: SegmentSize,
     pub board: Board,
     pub shutdown: CancellationToken,
@@ -118,6 +122,8 @@ impl Backups {
         let mut not_before = tokio::time::Instant::now();
         let mut seen = Seen { course: self.board.course(), backups: None };
         let mut look_after = tokio::time::Instant::now() + NAMES_POLL;
+        // How many gaps were known when the last backup of this agent began: that is the answer to them, and one is enough.
+        let mut answered = None;
         loop {
             tokio::select! {
                 () = tokio::time::sleep(DUE_POLL) => {}
@@ -139,14 +145,15 @@ impl Backups {
                 .and_then(|schedule| schedule.next_after(last_look))
                 .is_some_and(|at| at <= now);
             last_look = now;
-            wanted |= due || (settings.initial && self.board.is_raised(CauseCode::Gap));
+            let (_, gaps) = self.board.course();
+            wanted |= due || (settings.initial && self.board.is_raised(CauseCode::Gap) && answered != Some(gaps));
             // Without a stream the WAL of a backup would not come.
             if !wanted || tokio::time::Instant::now() < not_before || self.board.is_raised(CauseCode::NotConnected) {
                 continue;
             }
             match self.take(&settings).await {
                 Ok(_) => {
-                    wanted = false;
+                    (wanted, answered) = (false, Some(gaps));
                     backoff.reset();
                     if self.look_at_repositories().await.is_none() {
                         return;
@@ -167,22 +174,13 @@ impl Backups {
         let wal = StoredWal { archives: self.archives.clone(), segment_size: self.segment_size, demand };
         let streamed = *self.streaming.borrow();
         let connect = streamed.map_or(self.connect.clone(), |streaming| self.connect.this_host(streaming.host));
-        let request = request(&self.settings, backup, connect, self.archives.clone(), None, &self.board);
-        let gap_before = self.board.is_raised(CauseCode::Gap);
-        let unproven_before = self.board.is_raised(CauseCode::ContinuityUnproven);
+        let archives = (self.archives.clone(), self.optional.clone());
+        let request = request(&self.settings, backup, connect, archives, None, &self.board);
         tracing::info!(event = "backup_begun", "base backup begins");
         let json = base_backup::take(request, &wal, Arc::new(|_: Progress| {}), self.shutdown.child_token()).await?;
         let seconds = (json.duration_seconds * 10.0).round() / 10.0;
         tracing::info!(event = "backup_ended", id = %json.id, bytes = json.size_bytes, seconds, "base backup is complete");
         self.board.backup_succeeded(facts(&json));
-        // Every moment from here on can be restored again; the gap itself stays in the lists.
-        if gap_before {
-            self.board.clear(CauseCode::Gap);
-            self.board.clear(CauseCode::SlotLost);
-        }
-        if unproven_before {
-            self.board.clear(CauseCode::ContinuityUnproven);
-        }
         Ok(json)
     }
 
@@ -242,6 +240,12 @@ impl Backups {
         }
         // The window that reaches the present is the one that ends last on the timeline that is archived now.
         let newest = self.board.course().0.or(catalog.current_timeline());
+        if let Some(branch) = newest.and_then(|timeline| catalog.history(timeline)) {
+            // Every moment behind a backup can be restored whatever was lost before it, whoever took it; the gap itself stays in the
+            // lists.
+            self.board.settle_gaps(|gap| catalog.is_past(&branch, gap.timeline, (gap.from_lsn, gap.to_lsn)));
+            self.board.settle_unproven(|at| catalog.begins_behind(&branch, at));
+        }
         let windows = catalog.windows();
         let present =
             windows.iter().filter(|window| Some(window.timeline) == newest).max_by_key(|window| window.to_lsn);

@@ -7,7 +7,7 @@ mod notify;
 mod observe;
 mod stores;
 
-pub use stores::{open_targets, postgres_settings};
+pub use stores::{open_targets, open_to_read, postgres_settings};
 
 use notify::ServiceManager;
 
@@ -100,7 +100,6 @@ pub fn archiver_settings(settings: &Settings, connect: ConnectSettings) -> Archi
                 config::OnDelay::Degrade => OnDelay::Degrade,
             },
             max_delay: settings.sync.max_delay,
-            application_name: settings.postgres.application_name.clone(),
             stop_timeout: settings.archive.stop_timeout,
             cut_interval: settings.archive.tail_interval.unwrap_or(CUT_INTERVAL),
             cut_bytes: settings.archive.tail_interval.map(|_| settings.archive.tail_bytes),
@@ -184,6 +183,10 @@ async fn archive(
         }
     };
     board.clear(CauseCode::SpoolFailing);
+    let of_kind = |required: bool| -> Vec<_> {
+        let archives = targets.iter().zip(&archiver.archives).filter(|(target, _)| target.required == required);
+        archives.map(|(_, archive)| archive.clone()).collect()
+    };
     tasks.spawn(
         backups::Backups {
             demand: archiver.tail_demand(),
@@ -191,7 +194,8 @@ async fn archive(
             backup,
             connect: connect.clone(),
             streaming: archiver.streaming.clone(),
-            archives: archiver.archives.clone(),
+            archives: of_kind(true),
+            optional: of_kind(false),
             segment_size: archiver.segment_size,
             board: board.clone(),
             shutdown: shutdown.clone(),
@@ -205,6 +209,16 @@ async fn archive(
     archiver.stopped().await;
     let shown = |position: Option<Lsn>| position.map_or("unknown".into(), |position| position.to_string());
     let (durable, archived) = (board.durable(), board.archived());
+    if let (Some(held), Some(end)) =
+        (durable.map(|durable| archived.map_or(durable, |archived| archived.max(durable))), board.server_end())
+        && held < end
+    {
+        // It is safe for as long as the server is: whoever gives that up as well must hear of it.
+        tracing::warn!(
+            event = "left_on_server",
+            "stopped before all WAL was fetched: {held} to {end} lies on the server only, whose slot keeps it; start walden again to archive it"
+        );
+    }
     tracing::info!(event = "stopped", durable = shown(durable), archived = shown(archived), "stopped");
     if let Some(durable) = durable.filter(|durable| archived.is_none_or(|archived| archived < *durable)) {
         // Whoever gives the host up now must hear of it.

@@ -20,6 +20,31 @@ pub fn postgres_settings(settings: &Settings) -> Result<ConnectSettings, Postgre
     )
 }
 
+/// Opens every repository of the configuration to read from. One that cannot be opened says so when it is asked, so that the others can
+/// serve; that none can be opened is an error.
+pub async fn open_to_read(settings: &Settings) -> Result<Vec<Repository>, DaemonError> {
+    let (mut repositories, mut opened, mut failed) = (Vec::new(), false, None);
+    for repository in &settings.repositories {
+        let store = match open_store(repository, &settings.upload).await {
+            Ok(store) => {
+                opened = true;
+                store
+            }
+            Err(StorageError::Settings { url, why }) => {
+                tracing::debug!(repository = repository.name, why, "this repository cannot be opened");
+                failed.get_or_insert(StorageError::Settings { url: url.clone(), why: why.clone() });
+                storage::unopened(url, why)
+            }
+            Err(error) => return Err(error.into()),
+        };
+        repositories.push(Repository::new(&repository.name, &settings.archive.cluster, store)?);
+    }
+    match failed {
+        Some(error) if !opened => Err(error.into()),
+        _ => Ok(repositories),
+    }
+}
+
 /// Opens every repository of the configuration. No store is asked anything yet.
 pub async fn open_targets(settings: &Settings) -> Result<Vec<Target>, DaemonError> {
     let mut targets = Vec::new();

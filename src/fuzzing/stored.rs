@@ -1,4 +1,4 @@
-use crate::repository::{BackupId, BackupJson, Coverage, Gap, Keys, LeaseJson, ParsedKey};
+use crate::repository::{Adopted, BackupId, BackupJson, Coverage, Gap, Keys, LeaseJson, ParsedKey};
 use crate::seal::{Compression, HEADER_LEN, ObjectDecoder, ObjectHeader, SealError, StreamDecoder};
 use crate::spool::{Mark, parse_relative};
 use crate::wal::{Lsn, SegmentName, SegmentSize, SystemIdentifier, TimelineId};
@@ -125,7 +125,7 @@ pub fn backup_json(bytes: &[u8]) {
     assert_eq!(BackupJson::parse(&backup.to_json()).ok(), Some(backup), "it is read back as it was written");
 }
 
-/// Gap, coverage, lease.
+/// Gap, coverage, lease, adoption.
 pub fn small_objects(bytes: &[u8]) {
     if let Ok(gap) = Gap::parse(bytes) {
         assert!(gap.from_lsn < gap.to_lsn);
@@ -136,6 +136,10 @@ pub fn small_objects(bytes: &[u8]) {
     }
     if let Ok(lease) = LeaseJson::parse(bytes) {
         assert_eq!(LeaseJson::parse(&lease.to_json()), Ok(lease));
+    }
+    if let Ok(adopted) = Adopted::parse(bytes) {
+        assert!(adopted.generation > 0);
+        assert_eq!(Adopted::parse(&adopted.to_json()), Ok(adopted));
     }
 }
 
@@ -173,6 +177,7 @@ pub fn names(bytes: &[u8]) {
         ParsedKey::Gap { timeline, from, to } => keys.gap(timeline, from, to),
         ParsedKey::Coverage => keys.coverage(),
         ParsedKey::Lease => keys.lease(),
+        ParsedKey::Adopted => keys.adopted(),
         _ => return,
     };
     assert_eq!(written, key, "a key that is taken is one that would be written");

@@ -10,10 +10,10 @@ use std::time::Duration;
 use crate::wal::{Lsn, TimelineId};
 
 use super::answer::{Row, optional_column, parse_error, parse_row, parsed_column, text};
-use super::error::Asked;
+use super::asked::Asked;
 use super::replication::{VERSION_15, timeline};
-use super::wire::{HEADER, unexpected};
-use super::{PostgresError, ReplicationConnection};
+use super::wire::{HEADER, LIMIT_READY, unexpected};
+use super::{PostgresError, ReplicationConnection, shown_duration};
 
 /// The server's bounds for MAX_RATE, in KiB/s.
 const RATE_MIN: u32 = 32;
@@ -21,6 +21,14 @@ const RATE_MAX: u32 = 1_048_576;
 
 /// A server that has begun to send and then says nothing for so long has hung; it makes no pauses of its own.
 const SILENCE_LIMIT: Duration = Duration::from_secs(600);
+/// From the command to the first file: a checkpoint at once, and a look at every file for the sizes. The server says nothing meanwhile, and
+/// with many files on slow disks this takes minutes.
+const BEGIN_LIMIT: Duration = Duration::from_secs(1800);
+/// The longest `checkpoint_timeout` that PostgreSQL takes.
+const CHECKPOINT_TIMEOUT_MAX: Duration = Duration::from_secs(86_400);
+
+/// `MAXPGPATH` in `src/include/pg_config_manual.h`.
+const LOCATION_MAX: usize = 1024;
 
 /// How to take a backup. Always without waiting for the archiver (NOWAIT), with the tablespace map, with progress.
 #[derive(Clone, Debug)]
@@ -103,13 +111,32 @@ enum Front {
 
 impl BaseBackup {
     pub(super) async fn begin(
-        mut connection: ReplicationConnection,
+        connection: ReplicationConnection,
         options: &BackupOptions,
     ) -> Result<Self, PostgresError> {
+        Self::begin_within(connection, options, BEGIN_LIMIT).await
+    }
+
+    /// `limit`: with a checkpoint at once. A spread one adds its own time.
+    async fn begin_within(
+        mut connection: ReplicationConnection,
+        options: &BackupOptions,
+        limit: Duration,
+    ) -> Result<Self, PostgresError> {
+        let limit = match options.fast_checkpoint {
+            true => limit,
+            false => spread(limit, &connection.show("checkpoint_timeout").await?),
+        };
+        let begun = tokio::time::timeout(limit, Self::ask(connection, options)).await;
+        begun.unwrap_or(Err(PostgresError::Timeout { what: "BASE_BACKUP", limit }))
+    }
+
+    async fn ask(mut connection: ReplicationConnection, options: &BackupOptions) -> Result<Self, PostgresError> {
         let multiplexed = connection.server_version() >= VERSION_15;
         connection.wire.begin_command(&command(options, multiplexed)?).await?;
         let mut start = None;
         let mut tablespaces = Vec::new();
+        let mut listed = 0;
         // Two result sets: where the backup starts, then the tablespaces. Then the first copy begins.
         let mut result_sets = 0;
         loop {
@@ -119,7 +146,8 @@ impl BaseBackup {
                     let row = parse_row(body)?;
                     start = Some((parsed_column(&row, 0, "the backup's start")?, timeline(&row, 1)?));
                 }
-                (b'D', body) if result_sets == 2 && tablespaces.len() < 65_536 => {
+                (b'D', body) if result_sets == 2 && listed + body.len() <= LIMIT_READY => {
+                    listed += body.len();
                     tablespaces.push(parse_tablespace(&parse_row(body)?)?);
                 }
                 (b'C', _) => {}
@@ -338,6 +366,11 @@ impl BaseBackup {
     }
 }
 
+/// One checkpoint that is running is waited for, and then ours is spread as far.
+fn spread(limit: Duration, checkpoint_timeout: &str) -> Duration {
+    limit + 2 * shown_duration(checkpoint_timeout).unwrap_or(CHECKPOINT_TIMEOUT_MAX).min(CHECKPOINT_TIMEOUT_MAX)
+}
+
 enum Typed {
     NotThere,
     Nothing,
@@ -347,9 +380,13 @@ enum Typed {
 fn parse_tablespace(row: &Row) -> Result<Tablespace, PostgresError> {
     let has = |index: usize| row.get(index).is_some_and(Option::is_some);
     let kib: u64 = if has(2) { parsed_column(row, 2, "a tablespace's size")? } else { 0 };
+    let location = optional_column(row, 1, "a tablespace's location")?.map(str::to_owned);
+    if location.as_ref().is_some_and(|location| location.len() > LOCATION_MAX) {
+        return Err(PostgresError::protocol("a tablespace's location is too long"));
+    }
     Ok(Tablespace {
         oid: has(0).then(|| parsed_column(row, 0, "a tablespace's OID")).transpose()?,
-        location: optional_column(row, 1, "a tablespace's location")?.map(str::to_owned),
+        location,
         size_bytes: kib.saturating_mul(1024),
     })
 }

@@ -91,7 +91,11 @@ async fn both_protocols_give_the_same_events() {
 
 #[tokio::test]
 async fn a_backup_that_is_not_whole_or_not_in_order_is_refused() {
-    let scripts: [Vec<u8>; 9] = [
+    let tablespace = |place: &str| data_row(&[Some("16394"), Some(place), Some("10")]);
+    let begun = &head()[..head().len() - frame(b'C', b"SELECT\0").len()];
+    let scripts: [Vec<u8>; 11] = [
+        [begun, &tablespace(&"x".repeat(1025)), &tail()].concat(),
+        [begun, &tablespace(&"x".repeat(1000)).repeat(2200), &tail()].concat(),
         [head(), copy(&[b"nbase.tar\0\0", b"dx"]), tail()].concat(),
         [head(), copy(&[b"n16394.tar\0/mnt/t\0", b"nbase.tar\0\0"]), tail()].concat(),
         [head(), copy(&[b"dx"]), tail()].concat(),
@@ -124,22 +128,53 @@ async fn a_backup_that_is_not_whole_or_not_in_order_is_refused() {
     assert!(matches!(read(early, 64, 13_00_00).await, Err(PostgresError::PagesDamaged { .. })));
 }
 
-#[tokio::test]
-async fn a_server_that_hangs_is_given_up() {
+/// A server that says these bytes and then nothing more, without hanging up.
+async fn silent_after(script: &[u8]) -> (ReplicationConnection, tokio::io::DuplexStream) {
     let (near, mut far) = tokio::io::duplex(1 << 16);
-    let whole = of_15();
-    tokio::io::AsyncWriteExt::write_all(&mut far, &whole[..whole.len() - 40]).await.unwrap();
+    tokio::io::AsyncWriteExt::write_all(&mut far, script).await.unwrap();
     let mut wire = crate::postgres::wire::Wire::new(crate::postgres::socket::Socket::Scripted(near));
     wire.admitted();
-    let mut backup = ReplicationConnection::over(wire, 15_00_00).base_backup(&options()).await.unwrap();
-    backup.silence_limit = std::time::Duration::from_millis(20);
+    (ReplicationConnection::over(wire, 15_00_00), far)
+}
+
+const SOON: Duration = Duration::from_millis(20);
+
+#[tokio::test]
+async fn a_server_that_hangs_is_given_up() {
+    let whole = of_15();
+    let (connection, _far) = silent_after(&whole[..whole.len() - 40]).await;
+    let mut backup = connection.base_backup(&options()).await.unwrap();
+    backup.silence_limit = SOON;
     let error = loop {
         if let Err(error) = backup.next().await {
             break error;
         }
     };
     assert!(matches!(error, PostgresError::Timeout { .. }), "{error:?}");
-    drop(far);
+}
+
+/// Between the command and the first file a backup waited for ever, and the agent took no other one.
+#[tokio::test]
+async fn a_server_that_hangs_before_the_first_file_is_given_up() {
+    let head = head();
+    for told in [0, 20, head.len()] {
+        let (connection, _far) = silent_after(&head[..told]).await;
+        let error = BaseBackup::begin_within(connection, &options(), SOON).await.err().unwrap();
+        assert!(matches!(error, PostgresError::Timeout { what: "BASE_BACKUP", limit } if limit == SOON), "{error:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_spread_checkpoint_has_the_time_that_the_server_gives_it() {
+    let shown = [frame(b'T', b""), data_row(&[Some("0")]), frame(b'C', b"SHOW\0"), frame(b'Z', b"I")].concat();
+    let (connection, _far) = silent_after(&shown).await;
+    let options = BackupOptions { fast_checkpoint: false, ..options() };
+    let error = BaseBackup::begin_within(connection, &options, SOON).await.err().unwrap();
+    assert!(matches!(error, PostgresError::Timeout { what: "BASE_BACKUP", limit } if limit == SOON), "{error:?}");
+    assert_eq!(spread(SOON, "5min"), Duration::from_secs(600) + SOON);
+    for odd in ["soon", "9999999d"] {
+        assert_eq!(spread(SOON, odd), 2 * CHECKPOINT_TIMEOUT_MAX + SOON);
+    }
 }
 
 #[test]

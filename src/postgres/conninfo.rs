@@ -4,6 +4,7 @@
 //! in `src/interfaces/libpq/fe-connect.c`.
 
 use super::PostgresError;
+use super::options::is_known;
 
 /// Longer strings are refused; nobody writes them by hand.
 const LENGTH_MAX: usize = 64 * 1024;
@@ -75,30 +76,19 @@ fn parse_value<'a>(text: &'a str, key: &str) -> Result<(String, &'a str), Postgr
 /// `[user[:password]@][host[:port][,…]][/dbname][?option=value[&…]]`, every part percent-encoded.
 fn parse_url(text: &str) -> Result<Pairs, PostgresError> {
     let mut pairs = Pairs::new();
-    let (address, query) = match text.split_once('?') {
-        Some((address, query)) => (address, Some(query)),
-        None => (text, None),
-    };
-    let (authority, dbname) = match address.split_once('/') {
-        Some((authority, dbname)) => (authority, Some(dbname)),
-        None => (address, None),
-    };
-    // A slash or question mark in a password ends the authority too early, and the password's beginning looks like a port.
-    if authority.contains(':') && !authority.contains('@') && text[authority.len()..].contains('@') {
+    let (login, rest) = split_login(text);
+    let (hosts, behind) = rest.split_at(rest.find(['/', '?']).unwrap_or(rest.len()));
+    let (path, query) = behind.split_once('?').unwrap_or((behind, ""));
+    // A slash in a password ends the hosts too early, and the password's beginning looks like a port.
+    let is_cut = path.contains('@') || (query.contains('@') && !is_of_options(query));
+    if login.is_none() && hosts.contains(':') && is_cut {
         return Err(PostgresError::settings(format!("an @ stands behind the host; {ESCAPES}")));
     }
-    let hosts = match authority.rsplit_once('@') {
-        Some((login, hosts)) => {
-            let (user, password) = match login.split_once(':') {
-                Some((user, password)) => (user, Some(password)),
-                None => (login, None),
-            };
-            push(&mut pairs, "user", user)?;
-            push(&mut pairs, "password", password.unwrap_or(""))?;
-            hosts
-        }
-        None => authority,
-    };
+    if let Some(login) = login {
+        let (user, password) = login.split_once(':').unwrap_or((login, ""));
+        push(&mut pairs, "user", user)?;
+        push(&mut pairs, "password", password)?;
+    }
     let (mut names, mut ports) = (Vec::new(), Vec::new());
     for host in hosts.split(',') {
         let (name, port) = split_port(host)?;
@@ -112,8 +102,8 @@ fn parse_url(text: &str) -> Result<Pairs, PostgresError> {
     if ports.iter().any(|port| !port.is_empty()) {
         pairs.push(("port".into(), decode(&ports.join(","))?));
     }
-    push(&mut pairs, "dbname", dbname.unwrap_or(""))?;
-    for option in query.unwrap_or("").split('&').filter(|option| !option.is_empty()) {
+    push(&mut pairs, "dbname", path.strip_prefix('/').unwrap_or(path))?;
+    for option in query.split('&').filter(|option| !option.is_empty()) {
         let Some((key, value)) = option.split_once('=') else {
             return Err(PostgresError::settings(format!("the URL's option \"{}\" has no value", shown(option))));
         };
@@ -125,6 +115,20 @@ fn parse_url(text: &str) -> Result<Pairs, PostgresError> {
         }
     }
     Ok(pairs)
+}
+
+/// The login ends at the first `@`, if no slash comes before it; a question mark does not end it. A further `@` before the hosts end can
+/// only be the password's, which is taken here although libpq wants it escaped.
+fn split_login(text: &str) -> (Option<&str>, &str) {
+    let Some(first) = text.find(['@', '/']).filter(|at| text[*at..].starts_with('@')) else { return (None, text) };
+    let hosts = &text[first + 1..];
+    let hosts = &hosts[..hosts.find(['/', '?']).unwrap_or(hosts.len())];
+    let end = hosts.rfind('@').map_or(first, |at| first + 1 + at);
+    (Some(&text[..end]), &text[end + 1..])
+}
+
+fn is_of_options(query: &str) -> bool {
+    query.split('&').all(|option| option.split_once('=').is_some_and(|(key, _)| is_known(key)))
 }
 
 fn push(pairs: &mut Pairs, key: &str, encoded: &str) -> Result<(), PostgresError> {
@@ -208,6 +212,16 @@ mod tests {
             ("postgres:///db?host=/tmp", "dbname=<db> host=</tmp>"),
             ("postgres://a:1,b,c:3/", "host=<a,b,c> port=<1,,3>"),
             ("postgres://h?ssl=true", "host=<h> sslmode=<require>"),
+            ("postgres://u:p?w@h/d", "user=<u> password=<p?w> host=<h> dbname=<d>"),
+            ("postgres://u:1?x=y@h?user=v", "user=<u> password=<1?x=y> host=<h> user=<v>"),
+            ("postgres://u:p@ss@h/d", "user=<u> password=<p@ss> host=<h> dbname=<d>"),
+            ("postgres://h:1/db?user=walden@tenant", "host=<h> port=<1> dbname=<db> user=<walden@tenant>"),
+            (
+                "postgres://h:1/db?application_name=a@b&ssl=true",
+                "host=<h> port=<1> dbname=<db> application_name=<a@b> sslmode=<require>",
+            ),
+            ("postgres://h?sslrootcert=/x@y", "host=<h> sslrootcert=</x@y>"),
+            ("postgres://u@h/db?passfile=/x@y", "user=<u> host=<h> dbname=<db> passfile=</x@y>"),
         ];
         for (text, expected) in table {
             assert_eq!(pairs(text), expected, "{text}");
@@ -228,7 +242,8 @@ mod tests {
             "password=ge hunter2 host=h",
             "hunter2",
             "postgres://u:1/hunter2@h/d",
-            "postgres://u:1?hunter2@h/d",
+            "postgres://u:1/a?hunter2@h/d",
+            "postgres://u:1/a?hunter2=b@h/d",
         ] {
             let error = parse(text).expect_err(text).to_string();
             assert!(!error.contains("hunter2"), "{error}");

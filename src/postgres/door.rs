@@ -1,4 +1,4 @@
-//! From a host to a socket that is ready for the start-up message, encrypted as `sslmode` wants it, and what is tried when the server
+//! From an address to a socket that is ready for the start-up message, encrypted as `sslmode` wants it, and what is tried when the server
 //! does not let us in that way.
 //!
 //! Source: "SSL Session Encryption" in the protocol chapter of PostgreSQL's documentation; `PQconnectPoll` in
@@ -8,6 +8,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::PostgresError;
 use super::hosts::Host;
+use super::search::Address;
 use super::settings::ConnectSettings;
 use super::socket::Socket;
 use super::tls::{self, SslMode, TlsError, TlsSocket};
@@ -34,13 +35,14 @@ fn ways(mode: SslMode, is_tcp: bool) -> &'static [Way] {
     }
 }
 
-/// Connects to a host and logs in with `log_in`, in each way that `sslmode` allows until the server lets us in. The caller bounds the time.
+/// Connects to an address of a host and logs in with `log_in`, in each way that `sslmode` allows until the server lets us in. The caller bounds the time.
 ///
 /// `prefer` goes on without TLS if TLS fails (a certificate that is not trusted included) or the server refuses the login; `allow` goes on
 /// with TLS if the server refuses the login.
 pub(super) async fn enter<T, F>(
     settings: &ConnectSettings,
     host: &Host,
+    address: &Address,
     log_in: impl Fn(Socket) -> F,
 ) -> Result<T, PostgresError>
 where
@@ -49,7 +51,7 @@ where
     let ways = ways(settings.tls.mode, host.is_tcp());
     let mut first = None;
     for (at, &way) in ways.iter().enumerate() {
-        let (error, may_differ) = match open(settings, host, way).await {
+        let (error, may_differ) = match open(settings, host, address, way).await {
             Ok(socket) => {
                 let as_asked = socket.tls().is_some() == (way != Way::Plain);
                 match log_in(socket).await {
@@ -97,10 +99,10 @@ fn more_telling(first: PostgresError, second: PostgresError) -> PostgresError {
     }
 }
 
-async fn open(settings: &ConnectSettings, host: &Host, way: Way) -> Result<Socket, PostgresError> {
-    let socket = Socket::connect(host, settings.keepalive, settings.shuffle).await?;
-    let Socket::Tcp(mut stream) = socket else { return Ok(socket) };
+async fn open(settings: &ConnectSettings, host: &Host, address: &Address, way: Way) -> Result<Socket, PostgresError> {
     let failed = |source| PostgresError::Connect { target: host.to_string(), source };
+    let socket = Socket::connect(address, settings.keepalive).await.map_err(failed)?;
+    let Socket::Tcp(mut stream) = socket else { return Ok(socket) };
     let without = |source: TlsError| PostgresError::Tls { target: host.to_string(), source: Box::new(source) };
     if way == Way::Plain {
         return Ok(Socket::Tcp(stream));

@@ -35,6 +35,9 @@ impl fmt::Display for ServerMessage {
 
 impl std::error::Error for ServerMessage {}
 
+/// A setting or a query, for which REPLICATION is not what is lacking.
+pub(super) const ASKING: &str = "ask the server for this";
+
 /// Everything that can go wrong with one server, one variant for each thing that an operator acts on.
 #[derive(Debug, thiserror::Error)]
 pub enum PostgresError {
@@ -50,8 +53,9 @@ pub enum PostgresError {
     Connect { target: String, source: io::Error },
     #[error("PostgreSQL at {target} did not let us in within {} s", limit.as_secs_f64())]
     ConnectTimeout { target: String, limit: Duration },
-    #[error("none of the hosts {tried} can be used")]
-    NoHost { tried: String, source: Box<PostgresError> },
+    /// The source is the reason to act on; `others` has those of the other hosts, `whose` the host that the source does not name.
+    #[error("none of the hosts {tried} can be used ({others}){whose}")]
+    NoHost { tried: String, others: String, whose: String, source: Box<PostgresError> },
     #[error("PostgreSQL at {target} is not what target_session_attrs={wanted} asks for")]
     SessionAttributes { target: String, wanted: &'static str },
     #[error("PostgreSQL at {target} is version {version}; 13 or later is needed")]
@@ -64,6 +68,8 @@ pub enum PostgresError {
     NoHbaLine { target: String, user: String, over: Transport, source: Box<ServerMessage> },
     #[error("PostgreSQL at {target} has no role \"{user}\" that may log in")]
     NoRole { target: String, user: String, source: Box<ServerMessage> },
+    #[error("PostgreSQL at {target} does not let user \"{user}\" into the database \"{database}\"")]
+    NoDatabase { target: String, user: String, database: String, source: Box<ServerMessage> },
     #[error("PostgreSQL at {target} asks for an authentication that cannot be done: {why}")]
     AuthenticationMethod { target: String, why: String },
     #[error("PostgreSQL at {target} did not prove that it knows the password: {why}")]
@@ -88,6 +94,8 @@ pub enum PostgresError {
     WalRemoved { source: Box<ServerMessage> },
     #[error("the server's WAL does not have the position or timeline that was asked for")]
     NotInHistory { source: Box<ServerMessage> },
+    #[error("the server gave the base backup up")]
+    BackupVoid { source: Box<ServerMessage> },
     #[error("pages of the database fail PostgreSQL's own checksums")]
     PagesDamaged { source: Box<ServerMessage> },
     #[error("the server is starting up or shutting down")]
@@ -118,10 +126,12 @@ impl PostgresError {
         match self {
             Self::Settings { .. } | Self::UnsupportedOption { .. } => NextStep::Stop,
             Self::NoHost { source, .. } => source.next_step(),
-            // The server no longer has these bytes, or never had them: asking again cannot help, somebody must decide.
-            Self::WalRemoved { .. } | Self::SlotInvalidated { .. } | Self::NotInHistory { .. } => NextStep::Stop,
+            // The server no longer has these bytes: asking again cannot help, somebody must decide.
+            Self::WalRemoved { .. } | Self::SlotInvalidated { .. } => NextStep::Stop,
+            // It may have been promoted since it was asked who it is: what it says then decides.
+            Self::NotInHistory { .. }
             // Certificates are renewed, and read anew each time.
-            Self::Tls { .. }
+            | Self::Tls { .. }
             | Self::PasswordFile { .. }
             | Self::Connect { .. }
             | Self::ConnectTimeout { .. }
@@ -131,6 +141,7 @@ impl PostgresError {
             | Self::PasswordRefused { .. }
             | Self::NoHbaLine { .. }
             | Self::NoRole { .. }
+            | Self::NoDatabase { .. }
             | Self::AuthenticationMethod { .. }
             | Self::ServerNotProven { .. }
             | Self::Privilege { .. }
@@ -140,6 +151,7 @@ impl PostgresError {
             | Self::SlotMissing { .. }
             | Self::SlotInUse { .. }
             | Self::SlotNotPhysical { .. }
+            | Self::BackupVoid { .. }
             | Self::PagesDamaged { .. }
             | Self::NotReady { .. }
             | Self::Disconnected { .. }
@@ -177,12 +189,16 @@ impl PostgresError {
                 "add a line such as `host replication USER ADDRESS scram-sha-256` (SQL: `host DATABASE …`) to pg_hba.conf and reload"
             }
             Self::NoRole { .. } => "on the server: CREATE ROLE walden LOGIN REPLICATION PASSWORD '…'",
+            Self::NoDatabase { .. } => {
+                "name a database that is there (dbname in postgres.url); on the server: GRANT CONNECT ON DATABASE … TO …"
+            }
             Self::AuthenticationMethod { .. } => {
                 "let pg_hba.conf ask this user for scram-sha-256, md5, password or trust, as require_auth and channel_binding allow"
             }
             Self::ServerNotProven { .. } => {
                 "make sure that host and port lead to your own server, and nobody in between"
             }
+            Self::Privilege { what: ASKING, .. } => "grant the role what the message names, or pg_monitor",
             Self::Privilege { .. } => "on the server: ALTER ROLE … REPLICATION LOGIN",
             Self::WalLevel { .. } => "set wal_level = replica (and max_wal_senders > 0) and restart the server",
             Self::TooManySlots { .. } => "raise max_replication_slots, or drop slots that nobody uses",
@@ -200,6 +216,9 @@ impl PostgresError {
             Self::WalRemoved { .. } => "WAL is missing from here on: take a new base backup",
             Self::NotInHistory { .. } => {
                 "the server is another branch of the cluster's history, or was rolled back: find out before anything else"
+            }
+            Self::BackupVoid { .. } => {
+                "take it again; one from a standby needs full_page_writes = on on its primary, and ends when the standby is promoted"
             }
             Self::PagesDamaged { .. } => {
                 "the server's log names the files; keep older backups, and repair the database before the next backup"
@@ -222,6 +241,7 @@ impl PostgresError {
             Self::PasswordRefused { source, .. }
             | Self::NoHbaLine { source, .. }
             | Self::NoRole { source, .. }
+            | Self::NoDatabase { source, .. }
             | Self::Privilege { source, .. }
             | Self::WalLevel { source }
             | Self::TooManySlots { source }
@@ -231,6 +251,7 @@ impl PostgresError {
             | Self::SlotInvalidated { source, .. }
             | Self::WalRemoved { source }
             | Self::NotInHistory { source }
+            | Self::BackupVoid { source }
             | Self::PagesDamaged { source }
             | Self::NotReady { source }
             | Self::Refused { source, .. } => Some(source),
@@ -271,127 +292,11 @@ impl PostgresError {
             | Self::PasswordRefused { .. }
             | Self::NoHbaLine { .. }
             | Self::NoRole { .. }
+            | Self::NoDatabase { .. }
             | Self::AuthenticationMethod { .. }
             | Self::ServerNotProven { .. }
             | Self::Privilege { .. } => true,
             _ => false,
         }
-    }
-}
-
-/// What was asked when the server answered with an error. SQLSTATE and the command decide, not the text, which may be translated.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Asked<'a> {
-    Startup { target: &'a str, user: &'a str, over: Transport },
-    Stream { slot: Option<&'a str> },
-    ReadSlot { slot: &'a str },
-    CreateSlot,
-    BaseBackup,
-    Other(&'static str),
-}
-
-impl Asked<'_> {
-    pub(super) fn what(self) -> &'static str {
-        match self {
-            Self::Startup { .. } => "the connection",
-            Self::Stream { .. } => "START_REPLICATION",
-            Self::ReadSlot { .. } => "READ_REPLICATION_SLOT",
-            Self::CreateSlot => "CREATE_REPLICATION_SLOT",
-            Self::BaseBackup => "BASE_BACKUP",
-            Self::Other(what) => what,
-        }
-    }
-
-    /// Chooses the variant for what the server said.
-    ///
-    /// Source: `src/backend/utils/errcodes.txt` and the `ereport` calls in `walsender.c`, `slot.c`, `auth.c`, `miscinit.c`, `postinit.c`.
-    pub(super) fn classify(self, source: ServerMessage) -> PostgresError {
-        use PostgresError as E;
-        let source = Box::new(source);
-        match source.sqlstate.as_str() {
-            // cannot_connect_now, admin_shutdown, crash_shutdown
-            "57P01" | "57P02" | "57P03" => return E::NotReady { source },
-            // too_many_connections, also for max_wal_senders
-            "53300" => return E::TooManyConnections { source },
-            _ => {}
-        }
-        let state = source.sqlstate.clone();
-        match (self, state.as_str()) {
-            // invalid_password
-            (Self::Startup { target, user, .. }, "28P01") => {
-                E::PasswordRefused { target: target.into(), user: user.into(), source }
-            }
-            // invalid_authorization_specification
-            (Self::Startup { target, user, over }, "28000") => {
-                let (target, user) = (target.to_owned(), user.to_owned());
-                match source.routine.as_deref() {
-                    Some("InitializeSessionUserId") => E::NoRole { target, user, source },
-                    // No line, a reject line, or peer, ident or cert whose mapping does not fit.
-                    _ => E::NoHbaLine { target, user, over, source },
-                }
-            }
-            // insufficient_privilege
-            (Self::Startup { .. }, "42501") => E::Privilege { what: "open a replication connection", source },
-            (Self::Stream { .. }, "42501") => E::Privilege { what: "stream WAL", source },
-            (Self::CreateSlot | Self::ReadSlot { .. }, "42501") => {
-                E::Privilege { what: "use replication slots", source }
-            }
-            (Self::BaseBackup, "42501") => E::Privilege { what: "take a base backup", source },
-            (Self::Other(_), "42501") => E::Privilege { what: "ask the server for this", source },
-            // undefined_object
-            (Self::Stream { slot: Some(slot) } | Self::ReadSlot { slot }, "42704") => {
-                E::SlotMissing { slot: slot.into(), source }
-            }
-            // object_in_use
-            (Self::Stream { slot: Some(slot) }, "55006") => E::SlotInUse { slot: slot.into(), source },
-            // undefined_file: the segment is gone
-            (Self::Stream { .. }, "58P01") => E::WalRemoved { source },
-            // object_not_in_prerequisite_state
-            (Self::Stream { slot: Some(slot) }, "55000") if source.routine.as_deref() == Some("StartReplication") => {
-                E::SlotNotPhysical { slot: slot.into() }
-            }
-            (Self::Stream { slot: Some(slot) }, "55000") => E::SlotInvalidated { slot: slot.into(), source },
-            (Self::ReadSlot { slot }, "55000" | "0A000") => E::SlotNotPhysical { slot: slot.into() },
-            (Self::CreateSlot | Self::BaseBackup, "55000") => E::WalLevel { source },
-            // configuration_limit_exceeded
-            (Self::CreateSlot, "53400") => E::TooManySlots { source },
-            // "requested starting point … is ahead of the WAL flush position", "requested timeline … is not in this server's history":
-            // they have no SQLSTATE of their own.
-            (Self::Stream { .. }, "XX000")
-                if matches!(source.routine.as_deref(), Some("StartReplication" | "tliSwitchPoint")) =>
-            {
-                E::NotInHistory { source }
-            }
-            // data_corrupted: PostgreSQL's own page checksums
-            (Self::BaseBackup, "XX001") => E::PagesDamaged { source },
-            _ => E::Refused { what: self.what(), source },
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn said(sqlstate: &str, routine: &str) -> ServerMessage {
-        ServerMessage { sqlstate: sqlstate.into(), routine: Some(routine.into()), ..ServerMessage::default() }
-    }
-
-    #[test]
-    fn the_state_and_the_command_choose_the_error_not_the_text() {
-        let startup = Asked::Startup { target: "h:1", user: "u", over: Transport::Tls };
-        assert!(matches!(startup.classify(said("28P01", "auth_failed")), PostgresError::PasswordRefused { .. }));
-        assert!(matches!(startup.classify(said("28000", "ClientAuthentication")), PostgresError::NoHbaLine { .. }));
-        assert!(matches!(startup.classify(said("28000", "InitializeSessionUserId")), PostgresError::NoRole { .. }));
-        assert!(matches!(startup.classify(said("42501", "InitPostgres")), PostgresError::Privilege { .. }));
-        assert!(matches!(startup.classify(said("53300", "InitWalSender")), PostgresError::TooManyConnections { .. }));
-        assert!(matches!(startup.classify(said("57P03", "x")), PostgresError::NotReady { .. }));
-        let stream = Asked::Stream { slot: Some("s") };
-        assert!(stream.classify(said("58P01", "WalSndSegmentOpen")).is_wal_removed());
-        assert!(stream.classify(said("55006", "ReplicationSlotAcquire")).is_slot_in_use());
-        assert!(stream.classify(said("42704", "ReplicationSlotAcquire")).is_slot_missing());
-        assert!(stream.classify(said("55000", "ReplicationSlotAcquire")).is_slot_lost());
-        assert!(matches!(stream.classify(said("55000", "StartReplication")), PostgresError::SlotNotPhysical { .. }));
-        assert!(matches!(Asked::CreateSlot.classify(said("55000", "x")), PostgresError::WalLevel { .. }));
     }
 }

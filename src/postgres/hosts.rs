@@ -38,7 +38,7 @@ pub(super) struct Keepalive {
     pub(super) idle: Duration,
     pub(super) interval: Duration,
     pub(super) count: u32,
-    /// 0 = the kernel's.
+    /// How long what was sent may stay without the peer's word that it has it; 0 = the kernel's a quarter of an hour.
     pub(super) user_timeout: Duration,
 }
 
@@ -161,13 +161,14 @@ pub(super) fn keepalive(options: &Options) -> Result<Option<Keepalive>, Postgres
         Ok(Duration::from_secs(number.unwrap_or(default).min(32_767)))
     };
     let count = options.number("keepalives_count")?.and_then(|n| u32::try_from(n).ok()).filter(|&n| n > 0);
-    let user_timeout = options.number("tcp_user_timeout")?.and_then(|n| u64::try_from(n).ok()).unwrap_or(0);
-    Ok(Some(Keepalive {
-        idle: seconds("keepalives_idle", 30)?,
-        interval: seconds("keepalives_interval", 10)?,
-        count: count.unwrap_or(3).min(127),
-        user_timeout: Duration::from_millis(user_timeout),
-    }))
+    let (idle, interval) = (seconds("keepalives_idle", 30)?, seconds("keepalives_interval", 10)?);
+    let count = count.unwrap_or(3).min(127);
+    // Keepalive is silent while something is unsent or unconfirmed; then this notices as soon.
+    let user_timeout = match options.number("tcp_user_timeout")? {
+        Some(milliseconds) => Duration::from_millis(u64::try_from(milliseconds).unwrap_or(0)),
+        None => idle + interval * count,
+    };
+    Ok(Some(Keepalive { idle, interval, count, user_timeout }))
 }
 
 /// Digits are shown; anything else may be a piece of a password that took the URL apart.
@@ -202,5 +203,23 @@ mod tests {
             assert_eq!(of(url).iter().map(Host::to_string).collect::<Vec<_>>().join(" "), expected, "{url}");
         }
         assert_eq!(of("")[0].place, Place::DefaultSocket);
+    }
+
+    #[test]
+    fn a_server_that_vanished_is_noticed_as_soon_with_unsent_bytes_as_without() {
+        let user_timeout = |text: &str| {
+            let options = Options::gather(text, &|_| None).ok().unwrap();
+            keepalive(&options).unwrap().map(|keepalive| keepalive.user_timeout.as_millis())
+        };
+        let table = [
+            ("", Some(60_000)),
+            ("keepalives_idle=300 keepalives_interval=20 keepalives_count=5", Some(400_000)),
+            ("tcp_user_timeout=9000", Some(9000)),
+            ("tcp_user_timeout=0", Some(0)),
+            ("keepalives=0 tcp_user_timeout=9000", None),
+        ];
+        for (text, expected) in table {
+            assert_eq!(user_timeout(text), expected, "{text}");
+        }
     }
 }

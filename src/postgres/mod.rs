@@ -7,6 +7,7 @@
 //! Not here: what the WAL says (`wal`), where it is kept, when to connect again.
 
 mod answer;
+mod asked;
 mod base_backup;
 mod conninfo;
 mod control_file;
@@ -18,6 +19,7 @@ pub mod fuzzing;
 mod hosts;
 mod options;
 mod replication;
+mod search;
 mod secret;
 mod settings;
 mod shown;
@@ -38,6 +40,6 @@ pub use settings::ConnectSettings;
 pub use shown::shown_duration;
 pub use socket::Transport;
 pub use sql::{ReplicationPlaces, RoleInfo, SlotInfo, Sql};
-pub use standby_names::{names_explicitly, names_standby};
+pub use standby_names::{names_explicitly, names_standby, quorum};
 pub use tls::{SslMode, TlsError};
 pub use wal_stream::{EndOfStream, WalMessage, WalStream};

@@ -75,7 +75,26 @@ const OPTIONS: &[(&str, &str, Treatment)] = &[
     ("oauth_scope", "", Only(&[])),
 ];
 
-/// The options with what was given for them; empty values count as not given, as in libpq.
+/// An empty value for these is refused, as in libpq: what it would leave out is a demand.
+const NEVER_EMPTY: [&str; 7] = [
+    "sslmode",
+    "sslcertmode",
+    "sslnegotiation",
+    "channel_binding",
+    "gssencmode",
+    "target_session_attrs",
+    "load_balance_hosts",
+];
+
+/// Whether libpq or JDBC has such an option.
+pub(super) fn is_known(key: &str) -> bool {
+    key == "ssl" || OPTIONS.iter().any(|(option, _, _)| *option == key)
+}
+
+/// The options with what was given for them. An empty value stands for libpq's default, and keeps service file and variables from giving
+/// another; an empty variable counts as none.
+///
+/// Source: `conninfo_add_defaults` in PostgreSQL `src/interfaces/libpq/fe-connect.c`.
 pub(super) struct Options {
     given: HashMap<&'static str, String>,
 }
@@ -90,7 +109,8 @@ impl Options {
             options.fill(&conninfo::parse(url.trim())?, true)?;
         }
         let of_env = |name: &str| env(name).filter(|value| !value.is_empty());
-        if let Some(service) = options.get("service").map(str::to_owned).or_else(|| of_env("PGSERVICE")) {
+        let service = options.given.get("service").cloned().or_else(|| of_env("PGSERVICE"));
+        if let Some(service) = service.filter(|service| !service.is_empty()) {
             let named = options.get("servicefile").map(str::to_owned);
             options.fill(&files::read_service(&service, named.as_deref(), env)?, false)?;
         }
@@ -103,6 +123,10 @@ impl Options {
         // libpq's old name for sslmode=require.
         if of_env("PGREQUIRESSL").is_some_and(|value| value.starts_with('1')) {
             options.fill(&vec![("sslmode".into(), "require".into())], false)?;
+        }
+        let is_empty = |option: &&&str| options.given.get(**option).is_some_and(String::is_empty);
+        if let Some(option) = NEVER_EMPTY.iter().find(is_empty) {
+            return Err(PostgresError::settings(format!("{option} is given without a value")));
         }
         Ok(options)
     }
@@ -137,16 +161,15 @@ impl Options {
                 };
                 return Err(PostgresError::UnsupportedOption { option: (*option).into(), why });
             }
-            if value.is_empty() || (!again && self.given.contains_key(option)) {
-                continue;
+            if again || !self.given.contains_key(option) {
+                self.given.insert(option, value.clone());
             }
-            self.given.insert(option, value.clone());
         }
         Ok(())
     }
 
     pub(super) fn get(&self, option: &str) -> Option<&str> {
-        self.given.get(option).map(String::as_str)
+        self.given.get(option).map(String::as_str).filter(|value| !value.is_empty())
     }
 
     pub(super) fn owned(&self, option: &str) -> Option<String> {
@@ -204,6 +227,21 @@ mod tests {
         assert_eq!(gather("", &[("PGREQUIRESSL", "1")]).unwrap().get("sslmode"), Some("require"));
         let env = [("PGREQUIRESSL", "1"), ("PGSSLMODE", "prefer")];
         assert_eq!(gather("", &env).unwrap().get("sslmode"), Some("prefer"));
+    }
+
+    #[test]
+    fn an_empty_value_keeps_the_variable_out() {
+        let env =
+            [("PGHOST", "e"), ("PGPASSWORD", "p"), ("PGUSER", ""), ("PGSSLMODE", "verify-full"), ("PGSERVICE", "s")];
+        let options = gather("host='' password='' user=u service=''", &env).unwrap();
+        assert_eq!((options.get("host"), options.get("password"), options.get("user")), (None, None, Some("u")));
+        assert_eq!(options.get("sslmode"), Some("verify-full"));
+        assert_eq!(gather("postgres://h?password=", &env[1..4]).unwrap().get("password"), None);
+        assert_eq!(gather("user=a user=''", &[]).unwrap().get("user"), None);
+        // Whoever asks for nothing here may not be given less than the variable asks for.
+        for empty in ["sslmode=", "postgres://h?channel_binding=", "target_session_attrs=''"] {
+            assert!(gather(empty, &[]).err().unwrap().to_string().contains("without a value"), "{empty}");
+        }
     }
 
     #[test]

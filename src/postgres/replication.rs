@@ -7,8 +7,9 @@ use std::time::Duration;
 use crate::wal::{Lsn, SegmentSize, SystemIdentifier, TimelineId};
 
 use super::answer::{Row, column, optional_column, parsed_column};
-use super::error::Asked;
+use super::asked::Asked;
 use super::hosts::Host;
+use super::search::{self, Address};
 use super::settings::{ConnectSettings, SessionAttributes};
 use super::wire::Wire;
 use super::{BackupOptions, BaseBackup, PostgresError, WalStream, startup};
@@ -70,7 +71,8 @@ pub enum StartOutcome {
 }
 
 impl ReplicationConnection {
-    /// Connects to the first host that lets us in and is what `target_session_attrs` asks for. Each host has `connect_timeout`.
+    /// Connects to the first host that lets us in and is what `target_session_attrs` asks for. Each address of each host has
+    /// `connect_timeout`.
     pub async fn connect(settings: &ConnectSettings) -> Result<Self, PostgresError> {
         let mut found = Self::connect_as(settings, settings.session).await;
         // "Prefer" means: look for a standby first, then take any.
@@ -86,40 +88,30 @@ impl ReplicationConnection {
     }
 
     async fn connect_as(settings: &ConnectSettings, wanted: SessionAttributes) -> Result<Self, PostgresError> {
-        let mut last = None;
-        for (index, host) in settings.order() {
-            let limit = settings.connect_timeout;
-            let attempt = tokio::time::timeout(limit, Self::connect_host(settings, host, index, wanted)).await;
-            match attempt.unwrap_or_else(|_| Err(PostgresError::ConnectTimeout { target: host.to_string(), limit })) {
-                Ok(connection) => return Ok(connection),
-                Err(error) => last = Some(error),
+        let attempt = |index, host: Host, address: Address| async move {
+            let mut connection = Self::enter(settings, &host, &address, index).await?;
+            if !connection.is(wanted).await? {
+                return Err(PostgresError::SessionAttributes { target: connection.target, wanted: wanted.name() });
             }
-        }
-        let error = last.unwrap_or_else(|| PostgresError::settings("no host is named"));
-        if settings.hosts.len() < 2 {
-            return Err(error);
-        }
-        Err(PostgresError::NoHost { tried: settings.targets().join(", "), source: Box::new(error) })
+            Ok(connection)
+        };
+        search::first_host(settings, attempt).await
     }
 
-    async fn connect_host(
+    /// Connects to one address of a host, whatever part it has. The caller bounds the time.
+    pub(super) async fn enter(
         settings: &ConnectSettings,
         host: &Host,
+        address: &Address,
         host_index: usize,
-        wanted: SessionAttributes,
     ) -> Result<Self, PostgresError> {
-        let wire = startup::establish(settings, host).await?;
+        let wire = startup::establish(settings, host, address).await?;
         let target = host.to_string();
         let spoken = wire.parameter("server_version").unwrap_or_default().to_owned();
-        let version = match parse_version(&spoken) {
-            Some(version) if version >= OLDEST_VERSION => version,
-            _ => return Err(PostgresError::Version { target, version: spoken }),
-        };
-        let mut connection = Self { wire, version, target, host_index };
-        if !connection.is(wanted).await? {
-            return Err(PostgresError::SessionAttributes { target: connection.target, wanted: wanted.name() });
+        match parse_version(&spoken) {
+            Some(version) if version >= OLDEST_VERSION => Ok(Self { wire, version, target, host_index }),
+            _ => Err(PostgresError::Version { target, version: spoken }),
         }
-        Ok(connection)
     }
 
     /// 14 and later report the server's state at the start; before, `SHOW` tells whether it writes. That is the same for "primary" but

@@ -23,7 +23,7 @@ pub struct ConnectSettings {
     password: Option<Secret>,
     password_file: Option<PathBuf>,
     passfile: Option<PathBuf>,
-    /// For one host, from its address being looked up until the server is ready.
+    /// For one address of a host until the server there is ready, and for looking the addresses up.
     pub(super) connect_timeout: Duration,
     pub(super) keepalive: Option<Keepalive>,
     pub(super) session: SessionAttributes,

@@ -3,7 +3,7 @@
 
 use std::fmt;
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -12,8 +12,8 @@ use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 
-use super::PostgresError;
-use super::hosts::{Host, Keepalive, Place};
+use super::hosts::Keepalive;
+use super::search::Address;
 use super::settings::AllowedMethods;
 use super::tls::{TlsFacts, TlsSocket};
 
@@ -90,41 +90,19 @@ impl Socket {
         }
     }
 
-    /// Connects to one host; of several addresses of a name the first that answers, in any order with `shuffle`. The caller bounds the
-    /// time.
-    pub(super) async fn connect(
-        host: &Host,
-        keepalive: Option<Keepalive>,
-        shuffle: bool,
-    ) -> Result<Self, PostgresError> {
-        let failed = |source| PostgresError::Connect { target: host.to_string(), source };
-        let mut addresses: Vec<SocketAddr> = match &host.place {
-            Place::Socket(_) | Place::DefaultSocket => {
-                let path = host.socket_path().unwrap_or_default();
-                return UnixStream::connect(path).await.map(Self::Unix).map_err(failed);
-            }
-            Place::Tcp { address: Some(address), .. } => vec![(*address, host.port).into()],
-            Place::Tcp { name, address: None } => {
-                tokio::net::lookup_host((name.as_str(), host.port)).await.map_err(failed)?.collect()
-            }
-        };
-        if shuffle {
-            addresses.sort_by_cached_key(|_| uuid::Uuid::new_v4());
-        }
-        let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
-        for address in addresses {
-            match TcpStream::connect(address).await {
-                Ok(stream) => {
-                    stream.set_nodelay(true).map_err(failed)?;
-                    if let Some(keepalive) = keepalive {
-                        set_keepalive(&stream, keepalive).map_err(failed)?;
-                    }
-                    return Ok(Self::Tcp(stream));
+    /// The caller bounds the time.
+    pub(super) async fn connect(address: &Address, keepalive: Option<Keepalive>) -> io::Result<Self> {
+        match address {
+            Address::Unix(path) => UnixStream::connect(path).await.map(Self::Unix),
+            Address::Tcp(address) => {
+                let stream = TcpStream::connect(address).await?;
+                stream.set_nodelay(true)?;
+                if let Some(keepalive) = keepalive {
+                    set_keepalive(&stream, keepalive)?;
                 }
-                Err(error) => last = error,
+                Ok(Self::Tcp(stream))
             }
         }
-        Err(failed(last))
     }
 }
 
@@ -189,11 +167,15 @@ impl AsyncWrite for Socket {
     }
 }
 
-/// Passes bytes through and fails as soon as a message header announces more than `length_max` bytes, or the server asks for an
-/// authentication that is not allowed.
+/// What a server may say until it is ready, and of its parameters afterwards: an honest one comes to a few hundred bytes.
+const KEPT_MAX: u64 = 1 << 20;
+
+/// Passes bytes through and fails as soon as a message header announces more than `length_max` bytes, the server tells more than
+/// `tokio-postgres` should keep, or it asks for an authentication that is not allowed.
 ///
-/// `postgres-protocol` reserves whatever a header announces, up to 4 GiB; this keeps a hostile server from that (I17). And
-/// `tokio-postgres` would send a password in the clear to whoever asks.
+/// `postgres-protocol` reserves whatever a header announces, up to 4 GiB; this keeps a hostile server from that (I17). `tokio-postgres`
+/// keeps every notice that comes before the server is ready and every parameter, however many; and it would send a password in the
+/// clear to whoever asks.
 /// Only behind the negotiation of TLS, where every byte from the server belongs to a message.
 #[derive(Debug)]
 pub(super) struct BoundedFrames<S> {
@@ -203,6 +185,10 @@ pub(super) struct BoundedFrames<S> {
     /// Bytes of the current message that are still to come after its header.
     body_left: u64,
     length_max: u32,
+    /// The server is ready: notices are not kept any more.
+    ready: bool,
+    /// Bytes of messages that are kept.
+    kept: u64,
     /// Until the server has let us in.
     allowed: Option<AllowedMethods>,
     exchanged: bool,
@@ -224,8 +210,18 @@ impl std::error::Error for NotAllowed {}
 
 impl<S> BoundedFrames<S> {
     pub(super) fn new(inner: S, length_max: u32, allowed: AllowedMethods) -> Self {
-        let (header, allowed) = ([0; 5], Some(allowed));
-        Self { inner, header, header_filled: 0, body_left: 0, length_max, allowed, exchanged: false, request: None }
+        Self {
+            inner,
+            header: [0; 5],
+            header_filled: 0,
+            body_left: 0,
+            length_max,
+            ready: false,
+            kept: 0,
+            allowed: Some(allowed),
+            exchanged: false,
+            request: None,
+        }
     }
 
     pub(super) fn inner(&self) -> &S {
@@ -275,6 +271,14 @@ impl<S> BoundedFrames<S> {
                         io::ErrorKind::InvalidData,
                         format!("the server announced a message of {length} bytes"),
                     ));
+                }
+                self.ready |= self.header[0] == b'Z';
+                if !self.ready || self.header[0] == b'S' {
+                    self.kept += u64::from(length) + 1;
+                }
+                if self.kept > KEPT_MAX {
+                    let what = if self.ready { "parameters without an end" } else { "a login without an end" };
+                    return Err(io::Error::new(io::ErrorKind::InvalidData, format!("the server sends {what}")));
                 }
                 self.body_left = u64::from(length - 4);
                 self.request = (self.allowed.is_some() && self.header[0] == b'R').then_some((0, 0));
@@ -326,6 +330,30 @@ mod tests {
             assert!(feed(&huge).is_err(), "step {step}");
         }
         assert!(BoundedFrames::new((), 1000, AllowedMethods::ALL).watch(b"Z\0\0\0\x03").is_err());
+    }
+
+    /// Each was kept, for as long as `connect_timeout` lets a server send, or for as long as the connection lives.
+    #[test]
+    fn a_login_and_parameters_without_an_end_are_refused() {
+        use crate::postgres::wire::testing::frame;
+        let most = usize::try_from(KEPT_MAX).unwrap();
+        let fed = |messages: &[Vec<u8>]| {
+            let mut guard = BoundedFrames::new((), 4 << 20, AllowedMethods::ALL);
+            messages.iter().try_for_each(|bytes| bytes.chunks(5000).try_for_each(|chunk| guard.watch(chunk)))
+        };
+        let ready = frame(b'Z', b"I");
+        for tag in [b'S', b'N', b'A', b'K'] {
+            for length in [10, 60_000, most] {
+                let message = frame(tag, &vec![b'x'; length]);
+                let enough = most / message.len() + 1;
+                assert!(fed(&[message.repeat(enough)]).is_err(), "{} {length}", char::from(tag));
+                assert!(fed(&[message.repeat(enough - 1)]).is_ok(), "{} {length}", char::from(tag));
+                let behind = fed(&[ready.clone(), message.repeat(enough)]);
+                assert_eq!(behind.is_err(), tag == b'S', "{} {length}", char::from(tag));
+            }
+        }
+        let rows = frame(b'D', &vec![b'x'; 60_000]).repeat(100);
+        assert!(fed(&[ready, rows]).is_ok());
     }
 
     #[test]

@@ -15,12 +15,13 @@ use tokio_postgres::{Client, Row};
 use crate::wal::{Lsn, PgTime};
 
 use super::answer::text;
-use super::error::{Asked, ServerMessage};
+use super::asked::Asked;
 use super::hosts::Host;
+use super::search::{self, Address};
 use super::settings::{ConnectSettings, SessionAttributes};
 use super::socket::{BoundedFrames, NotAllowed, Socket};
 use super::tls::{self, Binding};
-use super::{PostgresError, Secret, SlotState, door};
+use super::{PostgresError, Secret, ServerMessage, SlotState, door};
 
 /// For one statement; the server is told less, so that it gives up first.
 const STATEMENT_LIMIT: Duration = Duration::from_secs(15);
@@ -29,6 +30,9 @@ const PREPARE: &str = "SET default_transaction_read_only = on; SET search_path =
                        SET statement_timeout = '10s'; SET lock_timeout = '5s'; SET idle_session_timeout = 0";
 const PREPARE_13: &str = "SET default_transaction_read_only = on; SET search_path = pg_catalog; \
                           SET statement_timeout = '10s'; SET lock_timeout = '5s'";
+/// A standby sends what it has replayed, and what it has received beyond. Without a WAL receiver, or since one has begun anew, the first
+/// of the two is more (`GetStandbyFlushRecPtr` in `src/backend/replication/walsender.c`). GREATEST passes over NULL.
+const HELD_BY_STANDBY: &str = "GREATEST(pg_catalog.pg_last_wal_receive_lsn(), pg_catalog.pg_last_wal_replay_lsn())";
 /// No answer here comes near it.
 const MESSAGE_MAX: u32 = 4 << 20;
 
@@ -105,34 +109,25 @@ impl Sql {
     }
 
     async fn connect_as(settings: &ConnectSettings, wanted: SessionAttributes) -> Result<Self, PostgresError> {
-        let mut last = None;
-        for (_, host) in settings.order() {
-            let limit = settings.connect_timeout;
-            match tokio::time::timeout(limit, Self::connect_host(settings, host, wanted)).await {
-                Ok(Ok(sql)) => return Ok(sql),
-                Ok(Err(error)) => last = Some(error),
-                Err(_) => last = Some(PostgresError::ConnectTimeout { target: host.to_string(), limit }),
-            }
-        }
-        let error = last.unwrap_or_else(|| PostgresError::settings("no host is named"));
-        if settings.hosts.len() < 2 {
-            return Err(error);
-        }
-        Err(PostgresError::NoHost { tried: settings.targets().join(", "), source: Box::new(error) })
+        let attempt = |_, host: Host, address: Address| async move {
+            Self::connect_host(settings, &host, &address, wanted).await
+        };
+        search::first_host(settings, attempt).await
     }
 
     async fn connect_host(
         settings: &ConnectSettings,
         host: &Host,
+        address: &Address,
         wanted: SessionAttributes,
     ) -> Result<Self, PostgresError> {
         if let Some(database) = &settings.dbname {
-            return Self::connect_database(settings, host, database, wanted).await;
+            return Self::connect_database(settings, host, address, database, wanted).await;
         }
-        match Self::connect_database(settings, host, &settings.user, wanted).await {
+        match Self::connect_database(settings, host, address, &settings.user, wanted).await {
             // invalid_catalog_name: no such database
             Err(error) if error.sqlstate() == Some("3D000") => {
-                Self::connect_database(settings, host, "postgres", wanted).await
+                Self::connect_database(settings, host, address, "postgres", wanted).await
             }
             other => other,
         }
@@ -141,14 +136,15 @@ impl Sql {
     async fn connect_database(
         settings: &ConnectSettings,
         host: &Host,
+        address: &Address,
         database: &str,
         wanted: SessionAttributes,
     ) -> Result<Self, PostgresError> {
         let (reader, place, name) = (settings.clone(), host.clone(), database.to_owned());
         let read = tokio::task::spawn_blocking(move || reader.password_for(&place, &name));
         let password = read.await.map_err(|error| PostgresError::settings(error.to_string()))??;
-        let sql =
-            door::enter(settings, host, |socket| Self::log_in(socket, settings, host, database, &password)).await?;
+        let log_in = |socket| Self::log_in(socket, settings, host, database, &password);
+        let sql = door::enter(settings, host, address, log_in).await?;
         sql.prepare(wanted, &host.to_string()).await?;
         Ok(sql)
     }
@@ -182,7 +178,8 @@ impl Sql {
         if let Some(password) = password {
             config.password(password.expose());
         }
-        let asked = Asked::Startup { target: &target, user: &settings.user, over: socket.transport() };
+        let (user, over) = (settings.user.as_str(), socket.transport());
+        let asked = Asked::Startup { target: &target, user, over, database: Some(database) };
         let socket = BoundedFrames::new(socket, MESSAGE_MAX, settings.allowed);
         let (client, connection) = config.connect_raw(socket, Encrypted).await.map_err(|source| {
             let why = source.source().map(ToString::to_string).unwrap_or_default();
@@ -255,27 +252,28 @@ impl Sql {
     }
 
     /// The server's clock, read first, then its flush position: every commit acknowledged before that time lies before the position.
-    /// On a standby the position is what it has received and flushed; `Lsn::ZERO` if it has received nothing yet.
+    /// On a standby the position is what it has replayed or received; `Lsn::ZERO` if that is nothing yet.
     pub async fn flush_position(&self) -> Result<(PgTime, Lsn), PostgresError> {
         // Two statements, since one does not promise the order in which it reads the two.
         let time: RawTime = self.value("SELECT pg_catalog.clock_timestamp()").await?;
-        let position: Option<PgLsn> = self
-            .value(
-                "SELECT CASE WHEN pg_catalog.pg_is_in_recovery() THEN pg_catalog.pg_last_wal_receive_lsn() \
-                 ELSE pg_catalog.pg_current_wal_flush_lsn() END",
-            )
-            .await?;
+        let query = format!(
+            "SELECT CASE WHEN pg_catalog.pg_is_in_recovery() THEN {HELD_BY_STANDBY} \
+             ELSE pg_catalog.pg_current_wal_flush_lsn() END"
+        );
+        let position: Option<PgLsn> = self.value(&query).await?;
         Ok((time.0, position.map_or(Lsn::ZERO, |position| Lsn::new(position.into()))))
     }
 
     /// `None`: there is no such slot.
     pub async fn slot(&self, name: &str) -> Result<Option<SlotInfo>, PostgresError> {
-        let query = "SELECT slot_type = 'physical', active, restart_lsn, wal_status, \
-             pg_catalog.pg_wal_lsn_diff(CASE WHEN pg_catalog.pg_is_in_recovery() \
-             THEN pg_catalog.pg_last_wal_receive_lsn() ELSE pg_catalog.pg_current_wal_lsn() END, restart_lsn)::int8, \
+        let query = format!(
+            "SELECT slot_type = 'physical', active, restart_lsn, wal_status, \
+             pg_catalog.pg_wal_lsn_diff(CASE WHEN pg_catalog.pg_is_in_recovery() THEN {HELD_BY_STANDBY} \
+             ELSE pg_catalog.pg_current_wal_lsn() END, restart_lsn)::int8, \
              active_pid, (SELECT application_name FROM pg_catalog.pg_stat_activity WHERE pid = active_pid) \
-             FROM pg_catalog.pg_replication_slots WHERE slot_name = $1::text::name";
-        let Some(row) = self.row(query, &[&name]).await? else { return Ok(None) };
+             FROM pg_catalog.pg_replication_slots WHERE slot_name = $1::text::name"
+        );
+        let Some(row) = self.row(&query, &[&name]).await? else { return Ok(None) };
         let restart: Option<PgLsn> = get(&row, 2)?;
         let retained: Option<i64> = get(&row, 4)?;
         Ok(Some(SlotInfo {
@@ -314,6 +312,14 @@ impl Sql {
             Some(row) => get(&row, 0),
             None => Ok(None),
         }
+    }
+
+    /// Standbys of a quorum, other than the named one, that tell what they have applied.
+    pub async fn applying_quorum(&self, besides: &str) -> Result<i64, PostgresError> {
+        let query = "SELECT count(*) FROM pg_catalog.pg_stat_replication WHERE sync_state = 'quorum' \
+                     AND application_name <> $1 AND replay_lsn IS NOT NULL";
+        let row = self.row(query, &[&besides]).await?.ok_or_else(|| PostgresError::protocol("a query gave no row"))?;
+        get(&row, 0)
     }
 
     /// Where `synchronous_commit = remote_apply` is set: for the server, or for databases and roles. Sessions that set it themselves

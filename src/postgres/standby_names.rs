@@ -38,9 +38,25 @@ pub fn names_standby(value: &str, standby: &str) -> bool {
     names_explicitly(value, standby) || names_explicitly(value, "*")
 }
 
+/// How many of the list a commit waits for, whichever they are: `ANY n (…)`. `None`: the first ones in its order are waited for.
+pub fn quorum(value: &str) -> Option<u64> {
+    let (method, rest) = value.trim_start().split_at_checked(3)?;
+    let (number, _) = rest.split_once('(')?;
+    method.eq_ignore_ascii_case("any").then(|| number.trim().parse().ok())?
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_quorum_says_how_many() {
+        assert_eq!(quorum("ANY 1 (replica, walden)"), Some(1));
+        assert_eq!(quorum(" any 2(a, b, walden)"), Some(2));
+        for value in ["", "walden", "any", "any, b", "FIRST 1 (a, b)", "2 (a, b)", "é"] {
+            assert_eq!(quorum(value), None, "{value}");
+        }
+    }
 
     #[test]
     fn every_form_of_the_list_is_read() {

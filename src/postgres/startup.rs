@@ -7,9 +7,10 @@ use postgres_protocol::authentication::md5_hash;
 use postgres_protocol::authentication::sasl::{ChannelBinding, SCRAM_SHA_256, SCRAM_SHA_256_PLUS, ScramSha256};
 use postgres_protocol::message::frontend;
 
+use super::asked::Asked;
 use super::door;
-use super::error::Asked;
 use super::hosts::Host;
+use super::search::Address;
 use super::settings::ConnectSettings;
 use super::socket::{Socket, Transport};
 use super::tls::{self, Binding, TlsFacts};
@@ -19,10 +20,14 @@ use super::{PostgresError, Secret};
 /// `.pgpass` and pg_hba.conf call a physical replication connection's database so.
 pub(super) const REPLICATION_DATABASE: &str = "replication";
 
-/// Connects to one host and goes through authentication until the server is ready for a replication command.
+/// Connects to one address of a host and goes through authentication until the server is ready for a replication command.
 /// The caller bounds the time.
-pub(super) async fn establish(settings: &ConnectSettings, host: &Host) -> Result<Wire, PostgresError> {
-    door::enter(settings, host, |socket| log_in(socket, settings, host)).await
+pub(super) async fn establish(
+    settings: &ConnectSettings,
+    host: &Host,
+    address: &Address,
+) -> Result<Wire, PostgresError> {
+    door::enter(settings, host, address, |socket| log_in(socket, settings, host)).await
 }
 
 pub(super) async fn log_in(socket: Socket, settings: &ConnectSettings, host: &Host) -> Result<Wire, PostgresError> {
@@ -63,7 +68,7 @@ async fn log_in_over(socket: Socket, settings: &ConnectSettings, host: &Host) ->
 }
 
 fn refused(target: &str, settings: &ConnectSettings, over: Transport, body: &[u8]) -> PostgresError {
-    Asked::Startup { target, user: &settings.user, over }.classify(super::answer::parse_error(body))
+    Asked::Startup { target, user: &settings.user, over, database: None }.classify(super::answer::parse_error(body))
 }
 
 struct Authentication<'a> {

@@ -10,7 +10,7 @@ use postgres_protocol::message::frontend;
 use crate::wal::{Lsn, PgTime, TimelineId};
 
 use super::answer::parse_row;
-use super::error::Asked;
+use super::asked::Asked;
 use super::replication::next_timeline;
 use super::wire::{HEADER, Header, unexpected};
 use super::{PostgresError, ReplicationConnection, ServerMessage};

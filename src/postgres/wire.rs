@@ -15,15 +15,15 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::PostgresError;
 use super::answer::{Row, parse_error, parse_row, text};
-use super::error::Asked;
+use super::asked::Asked;
 use super::socket::Socket;
 
 /// 128 KiB stay in the second-level cache between the kernel's copy and the use of the bytes.
 const READ_BUFFER: usize = 128 * 1024;
 /// Before the server has let us in: libpq allows less.
 const LIMIT_STARTUP: usize = 64 * 1024;
-/// A timeline history file may have 1 MiB; nothing else comes near.
-const LIMIT_READY: usize = 2 * 1024 * 1024;
+/// For one message, and for all rows of an answer. A timeline history file may have 1 MiB; nothing else comes near.
+pub(super) const LIMIT_READY: usize = 2 * 1024 * 1024;
 pub(super) const COPY_DATA_MAX: usize = 16 * 1024 * 1024;
 const ROWS_MAX: usize = 65_536;
 const WARNINGS_MAX: usize = 100;
@@ -303,13 +303,16 @@ impl Wire {
         let what = asked.what();
         let work = async {
             self.begin_command(command).await?;
-            let mut rows = Vec::new();
+            let (mut rows, mut bytes) = (Vec::new(), 0);
             loop {
                 match self.message().await? {
-                    (b'D', _) if rows.len() == ROWS_MAX => {
-                        return Err(PostgresError::protocol("an answer has too many rows"));
+                    (b'D', body) => {
+                        bytes += HEADER + body.len();
+                        if rows.len() == ROWS_MAX || bytes > LIMIT_READY + HEADER {
+                            return Err(PostgresError::protocol(format!("the answer to {what} is too long")));
+                        }
+                        rows.push(parse_row(body)?);
                     }
-                    (b'D', body) => rows.push(parse_row(body)?),
                     (b'T' | b'C' | b'I', _) => {}
                     (b'Z', _) => {
                         self.command_ended();
@@ -429,6 +432,23 @@ mod tests {
             let seen = read_all([&b"D"[..], &length.to_be_bytes(), &[0; 64]].concat()).await;
             assert!(seen[0].as_ref().unwrap_err().contains("announced"), "{length}: {seen:?}");
         }
+    }
+
+    /// Each row may be long; all of them together were bounded only by 128 GiB.
+    #[tokio::test]
+    async fn rows_without_an_end_are_refused() {
+        for (length, rows) in [(LIMIT_READY - 10, 2), (1 << 20, 3), (300, 8000), (0, ROWS_MAX + 1)] {
+            let text = "x".repeat(length);
+            let row = testing::data_row(&[Some(&text)]);
+            let script = [row.repeat(rows), frame(b'Z', b"I")].concat();
+            let mut wire = testing::scripted(script, 1 << 16);
+            let answer = wire.command("SHOW all", Asked::Other("SHOW"), Duration::from_secs(20)).await;
+            let error = answer.expect_err("too long").to_string();
+            assert!(error.contains("too long"), "{length}: {error}");
+        }
+        let most = testing::data_row(&[Some(&"x".repeat(LIMIT_READY - 10))]);
+        let mut wire = testing::scripted([most, frame(b'Z', b"I")].concat(), 1 << 16);
+        assert!(wire.command("SHOW all", Asked::Other("SHOW"), Duration::from_secs(20)).await.is_ok());
     }
 
     proptest! {

@@ -176,6 +176,19 @@ impl Catalog {
         open
     }
 
+    /// Whether lost WAL, `[from, to)` of `timeline`, no longer stands between this branch's backups and its end: one of them begins
+    /// behind it, or the branch does not go through it.
+    pub fn is_past(&self, branch: &TimelineHistory, timeline: TimelineId, (from, to): (Lsn, Lsn)) -> bool {
+        let goes_through =
+            branch.range_of(timeline).is_some_and(|(_, switch)| switch.is_none_or(|switch| from < switch));
+        !goes_through || self.begins_behind(branch, to)
+    }
+
+    /// Whether the branch can be restored without anything that lies before `position`.
+    pub fn begins_behind(&self, branch: &TimelineHistory, position: Lsn) -> bool {
+        self.backups_on(branch).any(|backup| backup.start_lsn >= position)
+    }
+
     /// Through where `coverage.json` tells of WAL on this branch, if only `end` is there: what lies between was lost, or never came to
     /// this repository.
     pub fn told_beyond(&self, branch: &TimelineHistory, end: Lsn) -> Option<Lsn> {

@@ -230,6 +230,22 @@ fn a_gap_whose_wal_was_found_is_closed() {
     assert_eq!(open, vec![(1, 3 * MIB, 4 * MIB), (2, MIB, 2 * MIB)]);
 }
 
+/// A backup on another branch, or one from before, does not end a gap's alarm.
+#[test]
+fn a_gap_is_past_once_the_branch_has_a_backup_behind_it() {
+    let sketch = || Sketch::new().segments(1, 1..9).history(2, "1\t0/300000\tx\n").segments(2, 3..9);
+    let gap = (Lsn::new(4 * MIB), Lsn::new(5 * MIB));
+    let is_past = |catalog: &Catalog, branch: u32, on: u32| {
+        catalog.is_past(&catalog.history(timeline(branch)).unwrap(), timeline(on), gap)
+    };
+    let before = sketch().backup(backup("20261120T020000Z-full", 4 * MIB + 40, 4 * MIB + 400)).done();
+    assert!(!is_past(&before, 1, 1) && !is_past(&before, 2, 2));
+    assert!(is_past(&before, 2, 1), "the second timeline left the first one before the gap");
+    let behind = sketch().backup(backup("20261120T030000Z-full", 5 * MIB, 5 * MIB + 400)).done();
+    assert!(is_past(&behind, 1, 1));
+    assert!(!is_past(&behind, 2, 2), "the backup is on the first timeline");
+}
+
 #[test]
 fn a_segment_under_both_suffixes_counts_once() {
     let mut sketch = Sketch::new().segments(1, 1..4);

@@ -37,6 +37,8 @@ pub enum RepositoryError {
     Conflict { url: String, key: String, at: Lsn },
     #[error("{url}: {key} exists with another content than the one to store")]
     OtherContent { url: String, key: String },
+    #[error("{url}: {key} exists with bytes that are not the WAL to store: {why}")]
+    Occupied { url: String, key: String, why: String },
     #[error("{url}: two stored pieces of WAL that overlap differ at {at}: {first} and {second}")]
     PiecesDiffer { url: String, first: String, second: String, at: Lsn },
     #[error("{url}: two sizes of WAL segments are found, {first:?} and {second:?}")]
@@ -66,6 +68,8 @@ pub enum RepositoryError {
         #[source]
         source: SealError,
     },
+    #[error("the local copy of {key} says that it is {found}, not {expected}")]
+    LocalIdentity { key: String, found: String, expected: String },
 }
 
 fn list(found: &[SystemIdentifier]) -> String {
@@ -78,8 +82,12 @@ impl RepositoryError {
             Self::Storage(error) => error.next_step(),
             Self::Contended { .. } | Self::SegmentMissing { .. } => NextStep::Retry,
             // The server, or another copy in the spool, still has the bytes.
-            Self::LocalDamaged { .. } => NextStep::FetchAgain,
+            Self::LocalDamaged { .. } | Self::LocalIdentity { .. } => NextStep::FetchAgain,
             Self::Local { .. } => NextStep::Retry,
+            // Bytes may be changed on their way, and an object may be mended: what could be read once can be read again (I21).
+            Self::Damaged { .. } | Self::Unreadable { .. } | Self::Identity { .. } | Self::History { .. } => {
+                NextStep::Retry
+            }
             // Whoever lost the lease stands by until it can be taken again; it must not go on writing.
             Self::LeaseLost { .. } => NextStep::Stop,
             Self::ClusterName { .. }
@@ -87,15 +95,12 @@ impl RepositoryError {
             | Self::NoCluster { .. }
             | Self::SeveralSystems { .. }
             | Self::NoSystem { .. }
-            | Self::Damaged { .. }
-            | Self::Unreadable { .. }
             | Self::NewerFormat { .. }
-            | Self::Identity { .. }
             | Self::Conflict { .. }
             | Self::OtherContent { .. }
+            | Self::Occupied { .. }
             | Self::PiecesDiffer { .. }
-            | Self::SegmentSizes { .. }
-            | Self::History { .. } => NextStep::Stop,
+            | Self::SegmentSizes { .. } => NextStep::Stop,
         }
     }
 
@@ -126,6 +131,9 @@ impl RepositoryError {
             Self::Conflict { .. } | Self::OtherContent { .. } | Self::PiecesDiffer { .. } => {
                 "two histories meet under one name: nothing was overwritten; find out which server or copy is the right one"
             }
+            Self::Occupied { .. } => {
+                "nothing was overwritten: find out what wrote it, move it away if it does not belong there, and restart Walden"
+            }
             Self::SegmentSizes { .. } => "two clusters meet under one name: give one of them another `archive.cluster`",
             Self::LeaseLost { .. } => {
                 "stop the other agent, or leave it to it: this one takes over when it falls silent"
@@ -133,13 +141,18 @@ impl RepositoryError {
             Self::Contended { .. } => "look for a second agent that writes to the same repository",
             Self::SegmentMissing { .. } => "nothing: it is tried again when the segment is stored",
             Self::Local { .. } => "check the spool's disk and the owner and mode of its files",
-            Self::LocalDamaged { .. } => "check the spool's disk; the bytes are taken again from the server",
+            Self::LocalDamaged { .. } | Self::LocalIdentity { .. } => {
+                "check the spool's disk; the bytes are taken again from the server"
+            }
         }
     }
 
     /// Same name, other bytes (I2): that timeline stops.
     pub fn is_conflict(&self) -> bool {
-        matches!(self, Self::Conflict { .. } | Self::OtherContent { .. } | Self::PiecesDiffer { .. })
+        matches!(
+            self,
+            Self::Conflict { .. } | Self::OtherContent { .. } | Self::Occupied { .. } | Self::PiecesDiffer { .. }
+        )
     }
 
     pub fn is_lease_lost(&self) -> bool {

@@ -3,7 +3,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
-use super::objects::SMALL_OBJECT_BYTES_MAX;
+use super::objects::{ObjectProblem, SMALL_OBJECT_BYTES_MAX};
 use super::{Archive, FORMAT, LeaseJson, RepositoryError};
 use crate::storage::{PutOutcome, StorageError};
 use crate::wal::PgTime;
@@ -16,6 +16,9 @@ pub const LEASE_RENEW: Duration = Duration::from_secs(10);
 pub const LEASE_POLL: Duration = Duration::from_secs(5);
 /// The holder stops this long before others may take over, so that a write that has begun can end.
 pub const LEASE_MARGIN: Duration = Duration::from_secs(5);
+
+/// Stands for the agent where the lease cannot be read.
+pub const LEASE_UNREADABLE: &str = "unknown (lease.json cannot be read)";
 
 /// Who asks for a lease.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -57,11 +60,20 @@ pub struct LeaseSeeker {
     clock: Clock,
     /// What was seen of another's lease, and since when it has been just that.
     seen: Option<(Bytes, Instant)>,
+    /// One with our own agent id is taken at once.
+    takes_own: bool,
 }
 
 impl LeaseSeeker {
     pub fn new(archive: Archive, holder: LeaseHolder, ttl: Duration) -> Self {
-        Self { archive, holder, ttl, clock: Clock(Arc::new(Instant::now)), seen: None }
+        Self { archive, holder, ttl, clock: Clock(Arc::new(Instant::now)), seen: None, takes_own: true }
+    }
+
+    /// Waits for one with our own agent id as for any other: it was lost to somebody, who may have a copy of our spool.
+    #[must_use]
+    pub fn patient(mut self) -> Self {
+        self.takes_own = false;
+        self
     }
 
     #[cfg(test)]
@@ -72,20 +84,31 @@ impl LeaseSeeker {
 
     /// One look and, if it may be, one try. Cancel-safe: a lease taken by a cancelled call is ours by its agent id next time.
     pub async fn try_take(&mut self) -> Result<LeaseAttempt, RepositoryError> {
-        let key = self.archive.keys().lease();
         let started = self.clock.now();
-        let (version, found) = match self.archive.store().get(&key, SMALL_OBJECT_BYTES_MAX).await {
-            Ok((bytes, version)) => (version, Some(bytes)),
-            Err(StorageError::NotFound { .. }) => (None, None),
-            Err(error) => return Err(error.into()),
-        };
-        let Some(bytes) = found else { return self.take(started, None).await };
-        let lease = LeaseJson::parse(&bytes).map_err(|problem| problem.at(&self.archive.url(), &key))?;
-        let ours = lease.agent == self.holder.agent;
+        let Some((bytes, version)) = self.read().await? else { return self.take(started, None).await };
+        let lease = parse(&self.archive, &bytes)?;
+        let ours = self.takes_own && lease.agent == self.holder.agent;
         if ours || lease.ttl_seconds == 0 || self.has_expired(&bytes, &lease) {
             return self.take(started, version).await;
         }
         Ok(LeaseAttempt::HeldByOther { agent: lease.agent, host: lease.host, renewed: lease.renewed })
+    }
+
+    /// One look and no try, so that it is known already when it runs out.
+    pub async fn watch(&mut self) -> Result<(), RepositoryError> {
+        if let Some((bytes, _)) = self.read().await? {
+            let lease = parse(&self.archive, &bytes)?;
+            self.has_expired(&bytes, &lease);
+        }
+        Ok(())
+    }
+
+    async fn read(&self) -> Result<Option<(Bytes, Option<String>)>, RepositoryError> {
+        match self.archive.store().get(&self.archive.keys().lease(), SMALL_OBJECT_BYTES_MAX).await {
+            Ok(found) => Ok(Some(found)),
+            Err(StorageError::NotFound { .. }) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Whether the lease has been exactly this one for its time to live.
@@ -177,13 +200,7 @@ impl Lease {
         if let Some(by) = self.state().lost.clone() {
             return Err(RepositoryError::LeaseLost { url: self.inner.archive.url(), by: Some(by) });
         }
-        let first = self.write(self.inner.ttl, self.inner.clock.now()).await;
-        let written = match first {
-            // Our own earlier write was found, whose answer had been lost: its version is known now.
-            Err(RepositoryError::Contended { .. }) => self.write(self.inner.ttl, self.inner.clock.now()).await?,
-            other => other?,
-        };
-        match written {
+        match self.write_on(self.inner.ttl).await? {
             None => Ok(()),
             Some(other) => Err(RepositoryError::LeaseLost {
                 url: self.inner.archive.url(),
@@ -197,9 +214,17 @@ impl Lease {
         let held = self.is_held();
         self.state().held_until = None;
         if held {
-            self.write(Duration::ZERO, self.inner.clock.now()).await?;
+            self.write_on(Duration::ZERO).await?;
         }
         Ok(())
+    }
+
+    /// Also behind an earlier write of our own whose answer was lost, or not waited for: its version is known then.
+    async fn write_on(&self, ttl: Duration) -> Result<Option<LeaseJson>, RepositoryError> {
+        match self.write(ttl, self.inner.clock.now()).await {
+            Err(RepositoryError::Contended { .. }) => self.write(ttl, self.inner.clock.now()).await,
+            other => other,
+        }
     }
 
     fn state(&self) -> std::sync::MutexGuard<'_, State> {
@@ -237,7 +262,7 @@ impl Lease {
             state.held_until = (!ttl.is_zero()).then(|| started + ttl);
             return Ok(None);
         }
-        let other = LeaseJson::parse(&found).map_err(|problem| problem.at(&inner.archive.url(), &key))?;
+        let other = parse(&inner.archive, &found)?;
         if other.agent == inner.holder.agent && other.ttl_seconds > 0 && expected.is_some() {
             // Our own earlier write whose answer was lost: go on from it, at the next renewal.
             if other.taken == inner.taken {
@@ -249,6 +274,19 @@ impl Lease {
         state.held_until = None;
         state.lost = Some(format!("{} on {}", other.agent, other.host));
         Ok(Some(other))
+    }
+}
+
+/// A lease that cannot be read is somebody's, and runs out like any other: its bytes tell whether it is renewed. What a newer release
+/// wrote is left alone.
+fn parse(archive: &Archive, bytes: &[u8]) -> Result<LeaseJson, RepositoryError> {
+    match LeaseJson::parse(bytes) {
+        Err(ObjectProblem::Unreadable(_)) => {
+            let (agent, host) = (LEASE_UNREADABLE.into(), "an unknown host".into());
+            let ttl_seconds = u32::try_from(LEASE_TTL.as_secs()).unwrap_or(u32::MAX);
+            Ok(LeaseJson { format: FORMAT, agent, host, taken: now(), renewed: now(), ttl_seconds })
+        }
+        parsed => parsed.map_err(|problem| problem.at(&archive.url(), &archive.keys().lease())),
     }
 }
 

@@ -101,3 +101,91 @@ async fn a_released_lease_is_free_at_once() {
     assert!(!lease.is_held());
     assert!(taken(&mut clock.seeker(&archive, "b")).await.is_some());
 }
+
+/// A renewal was on its way when the agent stopped, and its answer was not waited for: the lease was not given back then, and the next
+/// agent waited until it ran out.
+#[tokio::test]
+async fn a_lease_is_released_behind_a_renewal_that_nobody_waited_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let archive = archive(folder.path()).await;
+    let clock = HandClock::new();
+    let lease = taken(&mut clock.seeker(&archive, "a")).await.expect("free");
+    let before = lease.state().version.clone();
+    clock.pass(LEASE_RENEW);
+    lease.renew().await.unwrap();
+    lease.state().version = before;
+    lease.release().await.unwrap();
+    assert!(taken(&mut clock.seeker(&archive, "b")).await.is_some());
+}
+
+/// Two agents with a copied spool have one id. Each took the lease back at once, for ever.
+#[tokio::test]
+async fn one_that_lost_its_lease_to_its_twin_waits_like_any_other() {
+    let folder = tempfile::tempdir().unwrap();
+    let archive = archive(folder.path()).await;
+    let clock = HandClock::new();
+    let lost = taken(&mut clock.seeker(&archive, "a")).await.expect("free");
+    let held = taken(&mut clock.seeker(&archive, "a")).await.expect("the same id");
+    assert!(lost.renew().await.unwrap_err().is_lease_lost());
+    let mut waiting = clock.seeker(&archive, "a").patient();
+    for _ in 0..5 {
+        assert!(taken(&mut waiting).await.is_none(), "its twin renews it");
+        clock.pass(LEASE_RENEW);
+        held.renew().await.unwrap();
+    }
+    assert!(taken(&mut waiting).await.is_none());
+    clock.pass(LEASE_TTL);
+    assert!(taken(&mut waiting).await.is_some(), "its twin is gone");
+}
+
+/// It stood in the way for ever: nobody could take it, and its holder could not renew it.
+#[tokio::test]
+async fn a_lease_that_cannot_be_read_runs_out() {
+    for garbage in ["", "{", "{\"format\": 1}", "not a lease"] {
+        let folder = tempfile::tempdir().unwrap();
+        let archive = archive(folder.path()).await;
+        let clock = HandClock::new();
+        let lease = taken(&mut clock.seeker(&archive, "a")).await.expect("free");
+        put(&archive, garbage).await;
+        assert!(lease.renew().await.unwrap_err().is_lease_lost(), "{garbage:?}");
+        let mut seeker = clock.seeker(&archive, "a");
+        assert!(taken(&mut seeker).await.is_none(), "{garbage:?}: it may be somebody's");
+        clock.pass(LEASE_TTL);
+        let lease = taken(&mut seeker).await.expect("nobody renewed it");
+        assert!(lease.renew().await.is_ok(), "{garbage:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_lease_of_a_newer_release_is_left_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let archive = archive(folder.path()).await;
+    let clock = HandClock::new();
+    put(&archive, "{\"format\": 2}").await;
+    let mut seeker = clock.seeker(&archive, "a");
+    for _ in 0..3 {
+        assert!(matches!(seeker.try_take().await, Err(RepositoryError::NewerFormat { .. })));
+        clock.pass(LEASE_TTL);
+    }
+}
+
+/// Whoever waits for another repository first knows already that this one's holder is gone.
+#[tokio::test]
+async fn time_counts_while_a_lease_is_only_watched() {
+    let folder = tempfile::tempdir().unwrap();
+    let archive = archive(folder.path()).await;
+    let clock = HandClock::new();
+    let _silent = taken(&mut clock.seeker(&archive, "a")).await.expect("free");
+    let mut watching = clock.seeker(&archive, "b");
+    watching.watch().await.unwrap();
+    clock.pass(LEASE_TTL);
+    watching.watch().await.unwrap();
+    assert!(taken(&mut watching).await.is_some());
+}
+
+async fn put(archive: &Archive, content: &str) {
+    let key = archive.keys().lease();
+    let version = archive.store().get(&key, SMALL_OBJECT_BYTES_MAX).await.ok().and_then(|(_, version)| version);
+    let body = Bytes::copy_from_slice(content.as_bytes());
+    archive.store().compare_and_swap(&key, body, version.as_deref()).await.unwrap();
+}

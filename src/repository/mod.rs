@@ -15,12 +15,14 @@ mod branch;
 mod catalog;
 mod compare;
 mod error;
+mod gaps;
 mod keys;
 mod lease;
 mod objects;
 mod overlap;
 mod pieces;
 mod read;
+mod spanned;
 mod writer;
 
 /// What other rooms' tests make catalogs and objects from.
@@ -39,7 +41,9 @@ pub use branch::{Held, Stretch, StretchPart, WalObject, WalObjectKind};
 pub use catalog::{Catalog, CatalogBuilder, ObjectComplaint, SegmentRun, TimelineWal, Window};
 pub use error::RepositoryError;
 pub use keys::{Keys, ParsedKey};
-pub use lease::{LEASE_MARGIN, LEASE_POLL, LEASE_RENEW, LEASE_TTL, Lease, LeaseAttempt, LeaseHolder, LeaseSeeker};
+pub use lease::{
+    LEASE_MARGIN, LEASE_POLL, LEASE_RENEW, LEASE_TTL, LEASE_UNREADABLE, Lease, LeaseAttempt, LeaseHolder, LeaseSeeker,
+};
 pub use objects::{
     BackupId, BackupJson, BackupTablespace, Coverage, FORMAT, Gap, LeaseJson, ObjectProblem, RequiredSettings,
     StoredPart,

@@ -3,7 +3,7 @@ use futures_util::{StreamExt, TryStreamExt, stream};
 
 use super::objects::{BACKUP_JSON_BYTES_MAX, SMALL_OBJECT_BYTES_MAX};
 use super::{
-    Archive, BackupId, BackupJson, Catalog, CatalogBuilder, Coverage, Gap, LeaseJson, ParsedKey, Piece, PieceChain,
+    Archive, BackupId, BackupJson, Catalog, CatalogBuilder, Coverage, LeaseJson, ParsedKey, Piece, PieceChain,
     RepositoryError, SegmentRun, WalObject, WalObjectKind,
 };
 use crate::seal::{HEADER_LEN, ObjectDecoder, ObjectHeader, ObjectKind, SealError};
@@ -13,7 +13,7 @@ use crate::wal::{Lsn, SegmentName, SegmentSize, TimelineHistory, TimelineId};
 /// Bytes that a history file may have.
 const HISTORY_BYTES_MAX: u64 = 1 << 20;
 /// Small objects asked for at the same time.
-const REQUESTS: usize = 8;
+pub(super) const REQUESTS: usize = 8;
 
 /// What is archived of one timeline from some segment on.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -258,30 +258,6 @@ impl Archive {
         LeaseJson::parse(&bytes).map(Some).map_err(|problem| problem.at(&self.url(), &key))
     }
 
-    /// The recorded gaps, whether or not their WAL was found later.
-    pub async fn gaps(&self, size: SegmentSize) -> Result<Vec<Gap>, RepositoryError> {
-        let listed = self.list(&self.keys().gaps_prefix(), None).await?;
-        let keys = listed.into_iter().map(|object| object.key);
-        let gaps = keys.filter(|key| matches!(ParsedKey::parse(self.keys(), key, size), ParsedKey::Gap { .. }));
-        stream::iter(gaps).map(|key| self.gap(key)).buffered(REQUESTS).try_collect().await
-    }
-
-    async fn gap(&self, key: String) -> Result<Gap, RepositoryError> {
-        let bytes = self.get(&key, SMALL_OBJECT_BYTES_MAX).await?;
-        let gap = Gap::parse(&bytes).map_err(|problem| problem.at(&self.url(), &key))?;
-        self.check_system(&key, gap.system_identifier)?;
-        if self.keys().gap(gap.timeline, gap.from_lsn, gap.to_lsn) != key {
-            let found = format!("a gap from {} to {} on timeline {}", gap.from_lsn, gap.to_lsn, gap.timeline);
-            return Err(RepositoryError::Identity {
-                url: self.url(),
-                key,
-                found,
-                expected: "what its name says".into(),
-            });
-        }
-        Ok(gap)
-    }
-
     pub(super) fn check_system(&self, key: &str, found: crate::wal::SystemIdentifier) -> Result<(), RepositoryError> {
         if found == self.system() {
             return Ok(());
@@ -372,7 +348,13 @@ impl Archive {
             }
         }
         if let Some(size) = size {
-            self.gaps(size).await?.into_iter().for_each(|gap| builder.gap(gap));
+            for (gap, problem) in self.read_gaps(size).await? {
+                if let Some(error) = problem {
+                    let key = self.keys().gap(gap.timeline, gap.from_lsn, gap.to_lsn);
+                    builder.complain(&key, &with_sources(&error));
+                }
+                builder.gap(gap);
+            }
         }
         match coverage {
             Ok(coverage) => builder.coverage(coverage),

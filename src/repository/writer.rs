@@ -142,7 +142,12 @@ impl RepositoryWriter {
         let head = compare::read_local(&sealed.body, 0, HEADER_LEN).await.map_err(local)?;
         let header =
             ObjectHeader::parse(&head).map_err(|source| RepositoryError::LocalDamaged { key: key.into(), source })?;
-        self.archive.check_identity(key, object, &header)
+        self.archive.check_identity(key, object, &header).map_err(|error| match error {
+            RepositoryError::Identity { key, found, expected, .. } => {
+                RepositoryError::LocalIdentity { key, found, expected }
+            }
+            error => error,
+        })
     }
 
     /// `stored` exists: proves that it is the same WAL, byte by byte.
@@ -164,8 +169,23 @@ impl RepositoryWriter {
         let body = Body::Bytes(Bytes::copy_from_slice(content));
         match self.archive.store().put_new(key, &body, crc32fast::hash(content)).await? {
             PutOutcome::Created => Ok(Written::Created),
-            PutOutcome::Exists if self.archive.get(key, size_max).await? == content => Ok(Written::AlreadyThere),
-            PutOutcome::Exists => Err(RepositoryError::OtherContent { url: self.archive.url(), key: key.into() }),
+            PutOutcome::Exists => self.compare_small(key, content, size_max).await,
+        }
+    }
+
+    /// Other content counts only if it is read twice: one answer may have been changed on its way.
+    async fn compare_small(&self, key: &str, content: &[u8], size_max: u64) -> Result<Written, RepositoryError> {
+        let other = || RepositoryError::OtherContent { url: self.archive.url(), key: key.into() };
+        let mut first = None;
+        loop {
+            match self.archive.get(key, size_max).await {
+                Ok(found) if found == content => return Ok(Written::AlreadyThere),
+                Ok(found) if first.as_ref() == Some(&found) => return Err(other()),
+                Ok(_) if first.is_some() => return Err(compare::disturbed(&self.archive, key)),
+                Ok(found) => first = Some(found),
+                Err(RepositoryError::Storage(StorageError::TooLarge { .. })) => return Err(other()),
+                Err(error) => return Err(error),
+            }
         }
     }
 

@@ -1,8 +1,10 @@
 use super::super::objects::tests::{backup, time};
 use super::*;
+use crate::failure::NextStep;
 use crate::repository::{BackupId, FORMAT, LEASE_TTL, LeaseAttempt, LeaseHolder, LeaseSeeker, Repository, StoredPart};
 use crate::seal::{Checksum, Encoder, ObjectKind};
-use crate::storage::open_local;
+use crate::storage::faulty::{Effect, FaultPlan, FaultyStore, Operation, Rule};
+use crate::storage::{ObjectStore, open_local};
 use crate::wal::{Summary, SystemIdentifier};
 
 pub(crate) const SYSTEM: SystemIdentifier = SystemIdentifier::new(7_000_000_000_000_000_001);
@@ -72,7 +74,16 @@ fn raw(seed: u64, length: usize) -> Vec<u8> {
 }
 
 pub(crate) async fn writer(root: &std::path::Path) -> RepositoryWriter {
-    let repository = Repository::new("main", "main", open_local(root.join("repository"))).unwrap();
+    writer_to(open_local(root.join("repository"))).await
+}
+
+async fn faulty_writer(root: &std::path::Path) -> (RepositoryWriter, FaultPlan) {
+    let plan = FaultPlan::new();
+    (writer_to(FaultyStore::new(open_local(root.join("repository")), plan.clone())).await, plan)
+}
+
+async fn writer_to(store: Arc<dyn ObjectStore>) -> RepositoryWriter {
+    let repository = Repository::new("main", "main", store).unwrap();
     let archive = repository.bind(SYSTEM);
     archive.store().probe("main/walden-check/").await.unwrap();
     let holder = LeaseHolder { agent: "agent".into(), host: "host".into() };
@@ -151,13 +162,105 @@ async fn other_wal_under_the_same_name_is_a_conflict_at_the_first_differing_byte
     assert_eq!(read, bytes, "the first one stays");
 }
 
+/// The answer to a PUT was lost, the second try meets the object, and one bit of it is changed on its way back: archiving stopped for
+/// good, as at a conflict (I13, I21).
+#[tokio::test]
+async fn bytes_that_change_on_their_way_are_no_conflict() {
+    let folder = tempfile::tempdir().unwrap();
+    let (writer, plan) = faulty_writer(folder.path()).await;
+    let sealed = seal(segment(3), 0, &raw(1, 1 << 20), Compression::Lz4);
+    writer.put_segment(segment(3), &sealed).await.unwrap();
+    for effect in [Effect::FlipByte, Effect::Short] {
+        plan.add(Rule::new(Operation::GetStream, effect).times(1));
+        let error = writer.put_segment(segment(3), &sealed).await.unwrap_err();
+        assert!(!error.is_conflict() && error.next_step() == NextStep::Retry, "{effect:?}: {error}");
+        plan.clear();
+        assert_eq!(writer.put_segment(segment(3), &sealed).await.unwrap().written, Written::AlreadyThere);
+    }
+    let (two, text) = (TimelineId::new(2).unwrap(), b"1\t0/300000\tno recovery target specified\n");
+    writer.put_history(two, text).await.unwrap();
+    plan.add(Rule::new(Operation::Get, Effect::FlipByte).times(1).keys(".history"));
+    assert_eq!(writer.put_history(two, text).await.unwrap().written, Written::AlreadyThere);
+    assert_eq!(plan.hits(), 3);
+}
+
+/// Our own copy is flipped while its object is stored already: it is fetched again, and no conflict (D4 of the failure table).
+#[tokio::test]
+async fn a_damaged_copy_of_ours_is_no_conflict() {
+    let folder = tempfile::tempdir().unwrap();
+    let writer = writer(folder.path()).await;
+    let bytes = raw(1, 1 << 20);
+    writer.put_segment(segment(3), &seal(segment(3), 0, &bytes, Compression::Lz4)).await.unwrap();
+    // Under the other suffix it is compared before it is sent.
+    let good = seal(segment(3), 0, &bytes, Compression::Zstd);
+    let Body::Bytes(object) = &good.body else { panic!("it is in memory") };
+    let mut flipped = object.to_vec();
+    let at = HEADER_LEN + (flipped.len() - HEADER_LEN) / 2;
+    flipped[at] ^= 1;
+    let file = folder.path().join("spooled");
+    std::fs::write(&file, &object[..object.len() - 100]).unwrap();
+    let short = Body::SealedFile { path: file, length: good.size, goes: false };
+    for body in [Body::Bytes(flipped.into()), short] {
+        let error = writer.put_segment(segment(3), &SealedObject { body, ..good.clone() }).await.unwrap_err();
+        assert!(matches!(error, RepositoryError::LocalDamaged { .. }), "{error}");
+        assert_eq!(error.next_step(), NextStep::FetchAgain);
+    }
+}
+
+/// Bytes that are no object of ours under a name of ours were called damage, which stopped archiving under the wrong cause (I2).
+#[tokio::test]
+async fn whatever_lies_under_the_name_is_a_conflict_and_stays() {
+    let whole = seal(segment(3), 0, &raw(1, 1 << 20), Compression::Lz4);
+    let other = seal(segment(4), 0, &raw(1, 1 << 20), Compression::Lz4);
+    let (Body::Bytes(whole_bytes), Body::Bytes(other)) = (&whole.body, &other.body) else { panic!("in memory") };
+    let garbage = Bytes::from(raw(9, 100_000));
+    for there in [garbage, Bytes::new(), whole_bytes.slice(..whole_bytes.len() / 2), other.clone()] {
+        let folder = tempfile::tempdir().unwrap();
+        let writer = writer(folder.path()).await;
+        let key = writer.archive().keys().segment(segment(3), Compression::Lz4);
+        let crc32 = crc32fast::hash(&there);
+        writer.archive().store().put_new(&key, &Body::Bytes(there.clone()), crc32).await.unwrap();
+        let error = writer.put_segment(segment(3), &whole).await.unwrap_err();
+        assert!(matches!(error, RepositoryError::Occupied { .. }) && error.is_conflict(), "{error}");
+        assert!(writer.archive().get(&key, u64::MAX).await.unwrap() == there);
+    }
+}
+
+/// One gap's record that cannot be read disabled list, restore and the upload, though its name says what is lost (I3).
+#[tokio::test]
+async fn a_gap_whose_record_is_damaged_is_told_by_its_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let writer = writer(folder.path()).await;
+    writer.put_segment(segment(3), &seal(segment(3), 0, &raw(1, 1 << 20), Compression::Lz4)).await.unwrap();
+    let two = TimelineId::new(2).unwrap();
+    let json = |from: u64| {
+        let (since, reason) = (time("2026-11-20T00:00:00Z"), "lost".into());
+        let (from_lsn, to_lsn) = (Lsn::new(from), Lsn::new(99));
+        Gap { format: FORMAT, system_identifier: SYSTEM, timeline: two, from_lsn, to_lsn, since, reason }.to_json()
+    };
+    let good = Bytes::from(json(1));
+    let newer = Bytes::from(String::from_utf8(json(1)).unwrap().replace("\"format\": 1", "\"format\": 7"));
+    let records = [(1, good.clone()), (2, good.slice(..20)), (3, Bytes::new()), (4, good), (5, newer)];
+    for (from, record) in &records {
+        let key = writer.archive().keys().gap(two, Lsn::new(*from), Lsn::new(99));
+        let body = Body::Bytes(record.clone());
+        writer.archive().store().put_new(&key, &body, crc32fast::hash(record)).await.unwrap();
+    }
+    let catalog = writer.archive().catalog().await.unwrap();
+    let told: Vec<u64> = catalog.gaps.iter().map(|gap| gap.from_lsn.get()).collect();
+    assert_eq!(told, [1, 2, 3, 4, 5]);
+    assert!(catalog.gaps.iter().all(|gap| gap.timeline == two && gap.to_lsn == Lsn::new(99)));
+    assert_eq!(catalog.complaint_count, 4, "{:?}", catalog.complaints);
+}
+
 #[tokio::test]
 async fn what_is_not_its_name_is_never_sent() {
     let folder = tempfile::tempdir().unwrap();
     let writer = writer(folder.path()).await;
     let sealed = seal(segment(3), 0, &raw(1, 1 << 20), Compression::Lz4);
     let error = writer.put_segment(segment(4), &sealed).await.unwrap_err();
-    assert!(matches!(error, RepositoryError::Identity { .. }), "{error}");
+    assert!(matches!(error, RepositoryError::LocalIdentity { .. }), "{error}");
+    assert_eq!(error.next_step(), NextStep::FetchAgain);
     assert!(writer.archive().list(&writer.archive().keys().wal_prefix(), None).await.unwrap().is_empty());
 }
 

@@ -22,6 +22,9 @@ pub(super) const REMOVED: [&str; 4] =
     ["restore_command", "primary_conninfo", "primary_slot_name", "archive_cleanup_command"];
 const REMOVED_PREFIX: &str = "recovery_";
 
+/// Whose standbys commits wait for.
+const SYNCHRONOUS: &str = "synchronous_standby_names";
+
 /// PostgreSQL's defaults for the settings that must not be lower than the primary's.
 const DEFAULTS: [(&str, i64); 5] = [
     ("max_connections", 100),
@@ -139,6 +142,8 @@ pub fn settings(
         required.iter().map(|(name, value)| (*name, value.to_string().into_bytes())).collect();
     if archive_mode == ArchiveMode::Off {
         settings.push(("archive_mode", b"off".to_vec()));
+        // A copy has no standbys yet: its first commit would wait for them for ever.
+        settings.push((SYNCHRONOUS, Vec::new()));
     }
     // A file outside the data directory may set these; a standby's delay would hold up the restore, its commands are not ours.
     settings.push(("recovery_min_apply_delay", b"0".to_vec()));
@@ -162,8 +167,8 @@ pub fn configuration_lines(settings: &[(&'static str, Vec<u8>)]) -> Vec<u8> {
     out
 }
 
-/// The required settings that `files` (in the order in which PostgreSQL reads them) do not reach, with the value to set. A file that
-/// includes others may be overridden by what was found here, never by less than is needed.
+/// The required settings that `files` (in the order in which PostgreSQL reads them) do not reach, with the value to set. Where a file
+/// includes others, which may say less, all are set: to what was found here, never to less than is needed.
 pub fn raised(required: &[(&'static str, i32)], files: &[&[u8]]) -> Vec<(&'static str, i64)> {
     let unknown = files.is_empty() || files.iter().any(|file| includes_others(file));
     let mut raised = Vec::new();
@@ -172,7 +177,7 @@ pub fn raised(required: &[(&'static str, i32)], files: &[&[u8]]) -> Vec<(&'stati
         let found = files.iter().rev().find_map(|file| setting(file, name));
         let effective = found.unwrap_or(default);
         let needed = i64::from(*needed);
-        if effective < needed || (unknown && found.is_none()) {
+        if effective < needed || unknown {
             raised.push((*name, effective.max(needed)));
         }
     }
@@ -193,13 +198,36 @@ fn split_line(line: &[u8]) -> Option<(String, &[u8])> {
     Some((String::from_utf8_lossy(name).to_ascii_lowercase(), value))
 }
 
-fn setting(file: &[u8], name: &str) -> Option<i64> {
+/// The last value of a setting in a file, without quotes and comment.
+fn text_setting(file: &[u8], name: &str) -> Option<String> {
     let mut lines = file.rsplit(|b| *b == b'\n').filter_map(split_line);
-    lines.find(|(found, _)| found == name).and_then(|(_, value)| {
+    lines.find(|(found, _)| found == name).map(|(_, value)| {
         let text = String::from_utf8_lossy(value);
-        let text = text.strip_prefix('\'').unwrap_or(&text);
-        let digits: String = text.chars().take_while(char::is_ascii_digit).collect();
-        digits.parse().ok()
+        match text.strip_prefix('\'') {
+            Some(quoted) => quoted.split('\'').next().unwrap_or_default().to_owned(),
+            None => text.split(['#', ' ', '\t']).next().unwrap_or_default().to_owned(),
+        }
+    })
+}
+
+fn setting(file: &[u8], name: &str) -> Option<i64> {
+    let text = text_setting(file, name)?;
+    let digits: String = text.chars().take_while(char::is_ascii_digit).collect();
+    digits.parse().ok()
+}
+
+/// What the user must know of commits that wait for standbys.
+fn synchronous_note(files: &[&[u8]], archive_mode: ArchiveMode) -> Option<String> {
+    let names =
+        files.iter().rev().find_map(|file| text_setting(file, SYNCHRONOUS)).filter(|names| !names.is_empty())?;
+    let names = names.replace(char::is_control, " ");
+    Some(match archive_mode {
+        ArchiveMode::Off => format!(
+            "{SYNCHRONOUS} was emptied (it was '{names}'), since commits would wait for servers that do not stream from the copy: set it again once they do"
+        ),
+        ArchiveMode::Keep => format!(
+            "{SYNCHRONOUS} is '{names}': commits wait until these stream from the restored server, or until ALTER SYSTEM SET {SYNCHRONOUS} = '' and a reload"
+        ),
     })
 }
 
@@ -276,6 +304,7 @@ pub fn write(directory: &Directory, plan: &Plan, configuration: &Configuration) 
     for (name, value) in &required {
         notes.push(format!("{name} was set to {value}, since recovery needs what the archived server had"));
     }
+    notes.extend(synchronous_note(&[&used, &auto_conf], configuration.archive_mode));
     let command = configuration.command_line(pgdata);
     let block = configuration_lines(&settings(plan, &command, &required, configuration.archive_mode));
     if let ConfigSource::Effective(toml) = &configuration.source {

@@ -31,10 +31,33 @@ fn settings_are_raised_only_where_they_are_too_low() {
     // What stands later counts, and ALTER SYSTEM's file stands last.
     let auto = b"max_connections = '300'\nMAX_PREPARED_TRANSACTIONS = '7'\n".as_slice();
     assert_eq!(raised(&required, &[plain, auto]), vec![]);
-    // An include may set anything: what is needed is then said, and never less than what was found.
+    // An include may set anything, also less than what was found: all are set then, and to no less than what was found.
     let including = b"include_dir 'conf.d'\nmax_connections = 500\n".as_slice();
-    assert_eq!(raised(&required, &[including]), vec![("max_wal_senders", 10), ("max_prepared_transactions", 5)]);
+    assert_eq!(
+        raised(&required, &[including]),
+        vec![("max_connections", 500), ("max_wal_senders", 10), ("max_prepared_transactions", 5)]
+    );
     assert_eq!(raised(&[("max_connections", 50)], &[b"".as_slice()]), vec![]);
+}
+
+#[test]
+fn commits_that_would_wait_for_standbys_are_told() {
+    let note = |files: &[&str], mode| {
+        let files: Vec<&[u8]> = files.iter().map(|file| file.as_bytes()).collect();
+        synchronous_note(&files, mode)
+    };
+    let off = note(&["synchronous_standby_names = 'FIRST 1 (walden)' # the archive\n"], ArchiveMode::Off).unwrap();
+    assert!(off.contains("was emptied (it was 'FIRST 1 (walden)')"), "{off}");
+    let keep =
+        note(&["synchronous_standby_names=a\n", "Synchronous_Standby_Names 'walden'\n"], ArchiveMode::Keep).unwrap();
+    assert!(keep.contains("is 'walden': commits wait"), "{keep}");
+    for none in [
+        &[][..],
+        &["#synchronous_standby_names = 'x'\n"],
+        &["synchronous_standby_names='x'", "synchronous_standby_names = ''"],
+    ] {
+        assert_eq!(note(none, ArchiveMode::Keep), None, "{none:?}");
+    }
 }
 
 #[test]

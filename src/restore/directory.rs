@@ -48,6 +48,15 @@ impl InnerPath {
         (oid.to_string() == digits).then(|| (oid, Self(rest[at + 1..].to_vec())))
     }
 
+    /// Whether a path in a tablespace is one that PostgreSQL has there: `PG_17_202406281`, or below it
+    /// (`TABLESPACE_VERSION_DIRECTORY` in `src/include/common/relpath.h`).
+    pub fn is_of_tablespace(&self) -> bool {
+        let first = self.0.split(|b| *b == b'/').next().unwrap_or_default();
+        let number = |part: Option<&[u8]>| part.is_some_and(|p| !p.is_empty() && p.iter().all(u8::is_ascii_digit));
+        let mut parts = first.split(|b| *b == b'_');
+        parts.next() == Some(b"PG") && number(parts.next()) && number(parts.next()) && parts.next().is_none()
+    }
+
     /// `self` without a leading folder, if it lies below it.
     pub fn below(&self, folder: &str) -> Option<InnerPath> {
         let rest = self.0.strip_prefix(folder.as_bytes())?.strip_prefix(b"/")?;
@@ -151,17 +160,6 @@ impl Directory {
         Ok(rustix::fs::syncfs(&self.handle)?)
     }
 
-    /// Free bytes for an ordinary user.
-    pub fn free_bytes(&self) -> io::Result<u64> {
-        let stat = rustix::fs::fstatvfs(&self.handle)?;
-        Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
-    }
-
-    /// Which file system it is on.
-    pub fn device(&self) -> io::Result<u64> {
-        Ok(rustix::fs::fstat(&self.handle)?.st_dev)
-    }
-
     /// Walks to a folder, making what is missing.
     fn folder<'a>(&'a self, path: &[u8], last: &'a mut LastFolder) -> io::Result<std::os::fd::BorrowedFd<'a>> {
         if path.is_empty() {
@@ -212,6 +210,17 @@ mod tests {
         assert_eq!(inner("pg_tblspc/1/PG/x").below("pg_tblspc/1"), Some(inner("PG/x")));
         assert_eq!(inner("pg_tblspc/16/x").below("pg_tblspc/1"), None);
         assert_eq!(inner("pg_tblspc/16/PG/x").in_tablespace(), Some((16, inner("PG/x"))));
+        for (path, good) in [
+            ("PG_17_202406281", true),
+            ("PG_17_202406281/5/1", true),
+            ("PG_17", false),
+            ("PG_17_", false),
+            ("PG_17_2_3/x", false),
+            ("authorized_keys", false),
+            ("x/PG_17_202406281", false),
+        ] {
+            assert_eq!(inner(path).is_of_tablespace(), good, "{path}");
+        }
         assert_eq!(inner("pg_tblspc/016/x").in_tablespace(), None);
         assert_eq!(inner("pg_tblspc/16").in_tablespace(), None);
     }

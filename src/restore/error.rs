@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use crate::failure::NextStep;
 use crate::repository::{RepositoryError, Window};
 use crate::seal::SealError;
+use crate::wal::SegmentName;
 
 /// Why a restore, a plan or a fetch did not come about.
 #[derive(Debug, thiserror::Error)]
@@ -22,6 +23,8 @@ pub enum RestoreError {
     Repository(#[from] RepositoryError),
     #[error("stored WAL is damaged: {why}")]
     DamagedWal { why: String },
+    #[error("the beginning of {segment} is not stored, and pieces that follow it are: it is on its way, or was lost")]
+    Incomplete { segment: SegmentName },
     #[error("{key} of backup {backup} is damaged")]
     DamagedPart {
         backup: String,
@@ -59,7 +62,7 @@ impl RestoreError {
     pub fn next_step(&self) -> NextStep {
         match self {
             Self::Repository(error) => error.next_step(),
-            Self::Changed { .. } | Self::Timeout { .. } => NextStep::Retry,
+            Self::Changed { .. } | Self::Timeout { .. } | Self::Incomplete { .. } => NextStep::Retry,
             Self::Io { .. } => NextStep::Wait,
             Self::Target { .. }
             | Self::Unreachable { .. }
@@ -99,6 +102,9 @@ impl RestoreError {
                 io::ErrorKind::ReadOnlyFilesystem => "choose a directory on a file system that can be written to",
                 _ => "let the user that runs Walden own the directory, or choose another one",
             },
+            Self::Incomplete { .. } => {
+                "let the agent run, which stores it; if the agent is gone, restore with `walden restore`, which leaves out what was never acknowledged"
+            }
             Self::PlanFile { .. } => "run `walden restore` again: it makes a new plan",
             Self::Changed { .. } => "run it again",
             Self::Timeout { .. } => "check that the store is up, or raise `restore.fetch_timeout`",
@@ -112,6 +118,7 @@ impl RestoreError {
             Self::Unreachable { .. } => 3,
             Self::NotEmpty { .. } | Self::ServerRunning { .. } | Self::Refused { .. } => 4,
             Self::DamagedWal { .. }
+            | Self::Incomplete { .. }
             | Self::DamagedPart { .. }
             | Self::DamagedBackup { .. }
             | Self::UnreadableBackup { .. } => 5,

@@ -1,8 +1,9 @@
 //! Brings a planned backup to a directory: parts in parallel, every file checked, `global/pg_control` last.
 
 use std::collections::BTreeMap;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use futures_util::{StreamExt, TryStreamExt, stream};
@@ -10,12 +11,13 @@ use tokio::sync::mpsc;
 
 use super::RestoreError;
 use super::configure::{self, Configuration};
-use super::directory::{Directory, InnerPath};
+use super::directory::InnerPath;
 use super::manifest::{MANIFEST_BYTES_MAX, Manifest};
+use super::places::{Places, TablespaceMap};
 use super::resolve::Plan;
 use super::tar::TarReader;
-use super::volume::{Destination, Seen, VolumeError, VolumeWriter};
-use crate::repository::{BackupTablespace, StoredPart};
+use super::volume::{Destination, VolumeError, VolumeWriter};
+use crate::repository::StoredPart;
 use crate::seal::{Compression, SealError, StreamDecoder};
 use crate::storage::ObjectStream;
 
@@ -25,13 +27,6 @@ const CHUNKS: usize = 8;
 /// Told how much of the backup's raw bytes has been written.
 pub trait FetchProgress: Send + Sync {
     fn advance(&self, bytes: u64);
-}
-
-/// `--tablespace-map OLD=NEW`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TablespaceMap {
-    pub old: PathBuf,
-    pub new: PathBuf,
 }
 
 #[derive(Clone, Debug)]
@@ -54,31 +49,6 @@ pub struct Restored {
     pub notes: Vec<String>,
 }
 
-/// Refuses a directory that is in use or in the way. Needs no plan, so that it is said before anything is asked for.
-pub fn refuse_occupied(path: &Path, force: bool) -> Result<(), RestoreError> {
-    refuse_running(path)?;
-    if !is_empty(path)? && !force {
-        return Err(RestoreError::NotEmpty { path: path.into() });
-    }
-    may_be_written(path)
-}
-
-/// What would fail later, said before anything is fetched: the directory, or the nearest one above it, must let this user in.
-fn may_be_written(path: &Path) -> Result<(), RestoreError> {
-    use rustix::fs::Access;
-    for at in path.ancestors().filter(|at| !at.as_os_str().is_empty()) {
-        match rustix::fs::access(at, Access::WRITE_OK | Access::EXEC_OK) {
-            Ok(()) => return Ok(()),
-            Err(rustix::io::Errno::NOENT) => {}
-            Err(error) => {
-                let what = if at == path { "written to" } else { "created" };
-                return Err(RestoreError::io(what, path)(error.into()));
-            }
-        }
-    }
-    Ok(())
-}
-
 /// Whether the plan can be carried out where the options say: every place, the tablespaces' too. Changes nothing.
 pub fn check_places(plan: &Plan, options: &RestoreOptions) -> Result<(), RestoreError> {
     Places::check(plan, options).map(|_| ())
@@ -97,9 +67,9 @@ pub async fn restore(
         Some(part) => Some(fetch_manifest(plan, part).await?),
         None => None,
     };
+    check_space(&places, manifest.as_ref())?;
     let renamed = places.clear(options.force)?;
     let destination = Arc::new(places.open(plan, manifest)?);
-    check_space(&destination)?;
     let volumes = plan.backup.volumes.iter();
     stream::iter(volumes)
         .map(|part| fetch_volume(plan, part, destination.clone(), progress.clone()))
@@ -121,155 +91,23 @@ fn panicked(error: &tokio::task::JoinError) -> RestoreError {
     }
 }
 
-/// The directories that a restore fills.
-#[derive(Clone, Debug)]
-struct Places {
-    pgdata: PathBuf,
-    tablespaces: BTreeMap<u32, PathBuf>,
-}
-
-impl Places {
-    fn check(plan: &Plan, options: &RestoreOptions) -> Result<Self, RestoreError> {
-        let places = Self {
-            pgdata: options.pgdata.clone(),
-            tablespaces: tablespace_places(&plan.backup.tablespaces, &options.tablespaces)?,
-        };
-        let mut all: Vec<&Path> = places.all().collect();
-        all.sort_unstable();
-        if let Some(pair) = all.windows(2).find(|pair| pair[1].starts_with(pair[0])) {
-            return Err(RestoreError::Target {
-                why: format!("{} lies in {}", pair[1].display(), pair[0].display()),
-                hint: "give the data directory and each tablespace a directory of its own (`--tablespace-map OLD=NEW`)",
-            });
-        }
-        for path in places.all() {
-            refuse_occupied(path, options.force)?;
-        }
-        Ok(places)
-    }
-
-    fn all(&self) -> impl Iterator<Item = &Path> {
-        std::iter::once(self.pgdata.as_path()).chain(self.tablespaces.values().map(PathBuf::as_path))
-    }
-
-    /// Renames what is not empty to `<path>.before-<UTC>`; deletes nothing.
-    fn clear(&self, force: bool) -> Result<Vec<(PathBuf, PathBuf)>, RestoreError> {
-        let mut renamed = Vec::new();
-        for path in self.all() {
-            if is_empty(path)? {
-                continue;
-            }
-            if !force {
-                return Err(RestoreError::NotEmpty { path: path.into() });
-            }
-            // A link given as the directory stays; what it leads to is renamed.
-            let real = path.canonicalize().map_err(RestoreError::io("found", path))?;
-            let stamp = jiff::Timestamp::now().strftime("%Y%m%dT%H%M%SZ").to_string();
-            let mut name = real.clone().into_os_string();
-            name.push(format!(".before-{stamp}"));
-            let to = PathBuf::from(name);
-            let rename = crate::disk::Disk::default().rename_new(&real, &to);
-            rename.map_err(RestoreError::io("renamed", &real))?;
-            if real != *path {
-                // The link would dangle.
-                Directory::open_or_create(&real).map_err(RestoreError::io("created", &real))?;
-            }
-            renamed.push((real, to));
-        }
-        Ok(renamed)
-    }
-
-    fn open(&self, plan: &Plan, manifest: Option<Manifest>) -> Result<Destination, RestoreError> {
-        let open = |path: &Path| Directory::open_or_create(path).map_err(RestoreError::io("created", path));
-        let tablespaces: Result<_, RestoreError> =
-            self.tablespaces.iter().map(|(oid, path)| Ok((*oid, open(path)?))).collect();
-        Ok(Destination {
-            backup: plan.backup.id.to_string(),
-            main: open(&self.pgdata)?,
-            tablespaces: tablespaces?,
-            manifest,
-            seen: Mutex::new(Seen::default()),
-        })
-    }
-}
-
-/// Where each tablespace goes. One inside the data directory (a relative location) needs no place of its own.
-fn tablespace_places(
-    tablespaces: &[BackupTablespace],
-    map: &[TablespaceMap],
-) -> Result<BTreeMap<u32, PathBuf>, RestoreError> {
-    for entry in map {
-        if !tablespaces.iter().any(|tablespace| Path::new(&tablespace.location) == entry.old) {
-            let known: Vec<&str> = tablespaces.iter().map(|tablespace| tablespace.location.as_str()).collect();
-            let known = if known.is_empty() { "none".into() } else { known.join(", ") };
-            return Err(RestoreError::Target {
-                why: format!("the backup has no tablespace at {} (it has: {known})", entry.old.display()),
-                hint: "correct `--tablespace-map OLD=NEW`",
-            });
-        }
-    }
-    let mut places = BTreeMap::new();
-    for tablespace in tablespaces {
-        let location = PathBuf::from(&tablespace.location);
-        if !location.is_absolute() {
-            continue;
-        }
-        let mapped = map.iter().rev().find(|entry| entry.old == location);
-        let place = mapped.map_or(&location, |entry| &entry.new);
-        // PostgreSQL's `tablespace_map` and its links: no relative paths, and no characters that its file would need to escape.
-        let plain = place.to_str().is_some_and(|text| !text.contains(['\n', '\r', '\\']));
-        if !place.is_absolute() || !plain {
-            return Err(RestoreError::Target {
-                why: format!("{} cannot be a tablespace's directory", place.display()),
-                hint: "give an absolute path without backslashes and line ends in `--tablespace-map OLD=NEW`",
-            });
-        }
-        places.insert(tablespace.oid, place.clone());
-    }
-    Ok(places)
-}
-
-/// Refuses a directory in which a server lives. A `postmaster.pid` of a process that is gone is only part of a non-empty directory.
-fn refuse_running(path: &Path) -> Result<(), RestoreError> {
-    let file = path.join("postmaster.pid");
-    let content = match std::fs::read(&file) {
-        Ok(content) => content,
-        Err(error) if matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory) => {
-            return Ok(());
-        }
-        Err(source) => return Err(RestoreError::Io { what: "read", path: file, source }),
-    };
-    let first = String::from_utf8_lossy(&content);
-    // A negative number is a standalone backend's.
-    let pid = first.lines().next().and_then(|line| line.trim().parse::<i32>().ok()).map(|pid| pid.saturating_abs());
-    let Some(pid) = pid else { return Ok(()) };
-    let alive = rustix::process::Pid::from_raw(pid)
-        .is_some_and(|process| !matches!(rustix::process::test_kill_process(process), Err(rustix::io::Errno::SRCH)));
-    if alive { Err(RestoreError::ServerRunning { path: path.into(), pid }) } else { Ok(()) }
-}
-
-fn is_empty(path: &Path) -> Result<bool, RestoreError> {
-    match std::fs::read_dir(path) {
-        Ok(mut entries) => Ok(entries.next().is_none()),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(true),
-        Err(source) => Err(RestoreError::Io { what: "read", path: path.into(), source }),
-    }
-}
-
-/// The sum of the manifest's sizes must fit where it goes. Only a first look: other programs write too.
-fn check_space(destination: &Destination) -> Result<(), RestoreError> {
-    let Some(manifest) = &destination.manifest else { return Ok(()) };
-    let mut needed: BTreeMap<u64, (u64, &Directory)> = BTreeMap::new();
+/// The sum of the manifest's sizes must fit where it goes. Only a first look: other programs write too. What is renamed away to make room
+/// stays on its file system, so nothing is won by that.
+fn check_space(places: &Places, manifest: Option<&Manifest>) -> Result<(), RestoreError> {
+    let Some(manifest) = manifest else { return Ok(()) };
+    // By file system: what it takes, and a folder on it.
+    let mut needed: BTreeMap<u64, (u64, &Path)> = BTreeMap::new();
     let mut elsewhere: BTreeMap<u32, u64> = BTreeMap::new();
-    fn io(directory: &Directory) -> impl FnOnce(std::io::Error) -> RestoreError + use<> {
-        RestoreError::io("examined", directory.path().to_path_buf())
-    }
-    let main = destination.main.device().map_err(io(&destination.main))?;
-    needed.insert(main, (0, &destination.main));
-    for (oid, directory) in &destination.tablespaces {
-        let device = directory.device().map_err(io(directory))?;
-        needed.entry(device).or_insert((0, directory));
-        elsewhere.insert(*oid, device);
+    let mut main = 0;
+    let tablespaces = places.tablespaces.iter().map(|(oid, place)| (Some(*oid), place));
+    for (oid, place) in std::iter::once((None, &places.pgdata)).chain(tablespaces) {
+        let folder = nearest_folder(place);
+        let device = std::fs::metadata(folder).map_err(RestoreError::io("examined", folder))?.dev();
+        needed.entry(device).or_insert((0, folder));
+        match oid {
+            Some(oid) => drop(elsewhere.insert(oid, device)),
+            None => main = device,
+        }
     }
     for (path, file) in &manifest.files {
         let device = path.in_tablespace().and_then(|(oid, _)| elsewhere.get(&oid).copied()).unwrap_or(main);
@@ -277,12 +115,12 @@ fn check_space(destination: &Destination) -> Result<(), RestoreError> {
             *bytes = bytes.saturating_add(file.size);
         }
     }
-    for (bytes, directory) in needed.values() {
-        let free = directory.free_bytes().map_err(io(directory))?;
+    for (bytes, folder) in needed.values() {
+        let free = crate::disk::Disk::default().free_bytes(folder).map_err(RestoreError::io("examined", *folder))?;
         if *bytes > free {
             return Err(RestoreError::Io {
                 what: "filled",
-                path: directory.path().into(),
+                path: folder.into(),
                 source: std::io::Error::new(
                     std::io::ErrorKind::StorageFull,
                     format!("the backup needs {bytes} bytes and {free} are free"),
@@ -291,6 +129,11 @@ fn check_space(destination: &Destination) -> Result<(), RestoreError> {
         }
     }
     Ok(())
+}
+
+/// The folder itself, or the nearest one above it that is there.
+fn nearest_folder(path: &Path) -> &Path {
+    path.ancestors().find(|at| at.is_dir()).unwrap_or(Path::new("/"))
 }
 
 /// A part's key tells how it is compressed.

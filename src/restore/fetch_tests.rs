@@ -145,12 +145,34 @@ async fn a_damaged_backup_json_is_damage_and_not_absence() {
     assert!(error.to_string().contains(&key), "{error}");
 }
 
+/// The restore wrote everything, and PostgreSQL died when it came to the segment.
+#[tokio::test]
+async fn wal_that_was_cut_short_is_damage_before_anything_is_written() {
+    let control = control();
+    let owned = files(&control);
+    let bench = Bench::new(&borrowed(&owned), &[]).await;
+    let segment = SegmentName::holding(TimelineId::FIRST, Lsn::new(2 * MIB), SegmentSize::new(MIB).unwrap());
+    let key = bench.writer.archive().keys().segment(segment, Compression::Lz4);
+    let path = std::path::Path::new(&bench.writer.archive().repository().url()).join(&key);
+    let whole = std::fs::read(&path).unwrap();
+    std::fs::write(&path, &whole[..whole.len() - 1]).unwrap();
+    let error = bench.restore(&bench.options()).await.unwrap_err();
+    assert_eq!(error.exit_code(), 5, "{error}");
+    assert!(error.to_string().contains(&key), "{error}");
+    assert!(!bench.folder.path().join("data").exists());
+    std::fs::write(&path, &whole).unwrap();
+    assert!(bench.plan().await.is_ok());
+}
+
 fn files(control: &[u8]) -> Vec<(&'static str, Vec<u8>)> {
     vec![
         ("PG_VERSION", b"17\n".to_vec()),
         ("base/5/1259", vec![9; 100_000]),
         ("pg_tblspc/16384/PG_17_1/5/1", b"elsewhere".to_vec()),
-        ("postgresql.auto.conf", b"work_mem = '64MB'\nprimary_conninfo = 'host=old'\n".to_vec()),
+        (
+            "postgresql.auto.conf",
+            b"work_mem = '64MB'\nprimary_conninfo = 'host=old'\nsynchronous_standby_names = 'walden'\n".to_vec(),
+        ),
         ("standby.signal", Vec::new()),
         ("tablespace_map", b"16384 /old\n".to_vec()),
         ("backup_label", LABEL.to_vec()),
@@ -184,6 +206,10 @@ async fn a_backup_becomes_a_directory_that_recovers() {
     assert!(!auto_conf.contains("host=old"));
     assert!(auto_conf.contains("max_connections = '321'"));
     assert!(auto_conf.contains("archive_mode = 'off'"));
+    // Its commits would wait for ever. What stands last counts.
+    let synchronous = auto_conf.lines().rfind(|line| line.starts_with("synchronous_standby_names"));
+    assert_eq!(synchronous, Some("synchronous_standby_names = ''"));
+    assert!(restored.notes.iter().any(|note| note.contains("it was 'walden'")), "{:?}", restored.notes);
     assert!(auto_conf.contains("recovery_target_timeline = '1'"));
     assert!(auto_conf.trim_end().ends_with("recovery_target = 'immediate'"), "{auto_conf}");
     assert!(auto_conf.contains("wal-fetch --plan"));
@@ -217,6 +243,55 @@ async fn what_stands_in_the_way_is_refused_or_renamed_but_never_deleted() {
     assert!(to.display().to_string().starts_with(&format!("{}.before-", from.display())));
     assert_eq!(std::fs::read_to_string(to.join("precious")).unwrap(), "x");
     assert!(bench.startable());
+}
+
+/// A copy was restored beside its running original with `--force`, for a directory of its own that was not empty: the original's
+/// tablespace, which has no `postmaster.pid`, was renamed and filled, and both servers wrote to it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn force_renames_a_tablespace_only_of_the_server_that_is_replaced() {
+    let files = files(&control());
+    let bench = Bench::new(&borrowed(&files), &[]).await;
+    let options = RestoreOptions { tablespaces: Vec::new(), force: true, ..bench.options() };
+    let (old, data) = (bench.folder.path().join("old"), bench.folder.path().join("data"));
+    std::fs::create_dir_all(old.join("PG_17_1")).unwrap();
+    std::fs::write(old.join("PG_17_1/1"), "the original's").unwrap();
+    std::fs::create_dir_all(data.join("pg_tblspc")).unwrap();
+    std::fs::write(data.join("PG_VERSION"), "17\n").unwrap();
+    let elsewhere = bench.folder.path().join("elsewhere");
+    std::os::unix::fs::symlink(&elsewhere, data.join("pg_tblspc/16384")).unwrap();
+    let error = bench.restore(&options).await.unwrap_err();
+    assert!(matches!(error, RestoreError::Refused { .. }) && error.exit_code() == 4, "{error}");
+    assert_eq!(bench.read("old/PG_17_1/1"), "the original's");
+    assert_eq!(bench.read("data/PG_VERSION"), "17\n");
+    // The server in the directory has it: both are renamed.
+    std::os::unix::fs::symlink(&old, data.join("pg_tblspc/20000")).unwrap();
+    let restored = bench.restore(&options).await.unwrap();
+    assert_eq!(restored.renamed.len(), 2, "{:?}", restored.renamed);
+    assert_eq!(bench.read("old/PG_17_1/5/1"), "elsewhere");
+    assert!(!old.join("PG_17_1/1").exists());
+}
+
+/// It was found after `--force` had renamed what was there.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn want_of_room_is_found_before_anything_is_renamed() {
+    let files = files(&control());
+    let bench = Bench::new(&borrowed(&files), &[]).await;
+    let options = RestoreOptions { force: true, ..bench.options() };
+    std::fs::create_dir(bench.folder.path().join("data")).unwrap();
+    std::fs::write(bench.folder.path().join("data/precious"), "x").unwrap();
+    let places = Places::check(&bench.plan().await.unwrap(), &options).unwrap();
+    let mut manifest = Manifest::parse(&manifest(&borrowed(&files))).unwrap();
+    check_space(&places, Some(&manifest)).unwrap();
+    for path in [&b"base/5/1259"[..], b"pg_tblspc/16384/PG_17_1/5/1"] {
+        let mut huge = manifest.files.clone();
+        huge.get_mut(&InnerPath::parse(path).unwrap()).unwrap().size = u64::MAX / 2;
+        std::mem::swap(&mut manifest.files, &mut huge);
+        let error = check_space(&places, Some(&manifest)).unwrap_err();
+        assert!(matches!(error, RestoreError::Io { what: "filled", .. }), "{error}");
+        manifest.files = huge;
+    }
+    assert_eq!(bench.read("data/precious"), "x");
+    assert!(!bench.folder.path().join("new").exists());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -12,9 +12,11 @@ mod configure;
 mod directory;
 mod error;
 mod fetch;
+mod frozen;
 #[doc(hidden)]
 pub mod fuzzing;
 mod manifest;
+mod places;
 mod plan;
 mod plan_file;
 mod quoting;
@@ -27,17 +29,20 @@ mod target;
 mod target_time;
 mod volume;
 mod wal_fetch;
+mod windows;
 
 pub use configure::{
     ArchiveMode, CommandLine, ConfigSource, Configuration, configuration_lines, settings, written_files,
 };
 pub use error::{RestoreError, repository_exit_code};
-pub use fetch::{FetchProgress, RestoreOptions, Restored, TablespaceMap, check_places, refuse_occupied, restore};
+pub use fetch::{FetchProgress, RestoreOptions, Restored, check_places, restore};
+pub use places::{TablespaceMap, refuse_occupied, tablespaces};
 pub use plan::{RecoveryStop, target_settings};
 pub use plan_file::{PLAN_FILE, PlanFile};
 pub use quoting::{config_quoted, restore_command_path, shell_quoted};
-pub use resolve::{Plan, plan, windows};
+pub use resolve::{Plan, plan};
 pub use start::{StartOptions, check_can_start, start};
 pub use target::{Request, Target, TargetAction};
 pub use target_time::parse_target_time;
 pub use wal_fetch::{FetchOutcome, FetchRequest, wal_fetch};
+pub use windows::windows;

@@ -89,8 +89,10 @@ pub struct TimeKnowledge {
     pub exclusive: bool,
     /// Every commit acknowledged before this is held. `None`: nothing is known.
     pub complete_until: Option<PgTime>,
-    /// Highest commit time on the branch before the searched WAL; `None`: no commit was seen there.
+    /// Highest commit time on the branch before the searched WAL; `None`: no commit was seen there. It goes on over holes.
     pub max_time_before: Option<PgTime>,
+    /// A commit is held before the searched WAL, without a hole between the two.
+    pub witness: bool,
 }
 
 /// Chooses the newest backup that serves a cut. `backups` are those of the cut's stretch, by stop LSN.
@@ -116,7 +118,7 @@ pub fn choose<'a>(
         ));
     };
     if let Some(time) = time {
-        check_not_before(backup, cut, time)?;
+        check_not_before(backups, cut, time)?;
     }
     // Also where no record lies after the backup's stop LSN, as in one from an idle standby: PostgreSQL looks whether it is
     // consistent before it stops behind a record. `immediate` would wait there for a record to stop before, and end with a
@@ -167,17 +169,19 @@ fn check_held(cut: &Cut, known: TimeKnowledge) -> Result<(), Unreachable> {
     }
 }
 
-/// A time before the backup began is reached only if some commit at or before it is held: without one, what the backup has
-/// could have been committed after the target.
-fn check_not_before(backup: &BackupJson, cut: &Cut, known: TimeKnowledge) -> Result<(), Unreachable> {
-    let witness = cut.last_kept.is_some() || known.max_time_before.is_some();
-    if known.time >= backup.start_time || witness {
-        return Ok(());
+/// A time before the oldest backup that serves began is reached only if some commit at or before it is held from which the WAL goes on
+/// to the cut: without one, what the backup has could have been committed after the target, in WAL that is lost. A highest time that
+/// was carried over a hole is no such commit.
+fn check_not_before(backups: &[&BackupJson], cut: &Cut, known: TimeKnowledge) -> Result<(), Unreachable> {
+    let oldest = backups.iter().filter(|backup| serves(backup, cut)).min_by_key(|backup| backup.start_time);
+    let witness = cut.last_kept.is_some() || known.witness;
+    match oldest {
+        Some(backup) if known.time < backup.start_time && !witness => unreachable(format!(
+            "it lies before backup {} began ({}), the first that could be used",
+            backup.id, backup.start_time
+        )),
+        _ => Ok(()),
     }
-    unreachable(format!(
-        "it lies before backup {} began ({}), the first that could be used",
-        backup.id, backup.start_time
-    ))
 }
 
 /// For `immediate`: the newest backup of all, or the one asked for.

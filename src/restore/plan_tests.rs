@@ -85,6 +85,7 @@ fn knowledge(at: &str, complete_until: Option<&str>) -> Option<TimeKnowledge> {
         exclusive: false,
         complete_until: complete_until.map(time),
         max_time_before: None,
+        witness: false,
     })
 }
 
@@ -113,13 +114,45 @@ fn a_quiet_time_before_the_backup_began_needs_a_witness() {
     let catalog = two_backups();
     // The first commit after the target lies behind the second backup; none is held before the target.
     let cut = before(4 * MIB);
-    let refused = chosen(&catalog, &cut, knowledge("2026-11-20T02:30:00Z", None)).unwrap_err();
-    assert!(refused.contains("before backup 20261120T030000Z-full began"), "{refused}");
+    let refused = chosen(&catalog, &cut, knowledge("2026-11-20T01:30:00Z", None)).unwrap_err();
+    assert!(refused.contains("before backup 20261120T020000Z-full began"), "{refused}");
+    // From the first backup to the cut all is held, and nothing was committed.
+    let second = "20261120T030000Z-full";
+    assert_eq!(chosen(&catalog, &cut, knowledge("2026-11-20T02:30:00Z", None)).unwrap().0, second);
     assert!(chosen(&catalog, &cut, knowledge("2026-11-20T03:00:00Z", None)).is_ok());
     // A commit held from before the target shows that none was missed.
     let mut witnessed = cut;
     witnessed.last_kept = Some(mark("2026-11-20T01:00:00Z", MIB + 50));
-    assert!(chosen(&catalog, &witnessed, knowledge("2026-11-20T02:30:00Z", None)).is_ok());
+    assert!(chosen(&catalog, &witnessed, knowledge("2026-11-20T01:30:00Z", None)).is_ok());
+    let held_before = TimeKnowledge { witness: true, ..knowledge("2026-11-20T01:30:00Z", None).unwrap() };
+    assert!(chosen(&catalog, &cut, Some(held_before)).is_ok());
+}
+
+/// WAL was lost, and the highest commit time of what lies before the gap goes on in the headers behind it. It was taken for a commit that
+/// is held, so a time in the gap was restored from the backup behind it, with all that was committed in the gap since (I3, I5, E4).
+#[test]
+fn a_time_in_a_gap_is_not_reached_by_the_backup_behind_it() {
+    let catalog = Sketch::new()
+        .segments(1, 1..3)
+        .segments(1, 4..8)
+        .backup(backup("20261120T090000Z-full", MIB + 40, MIB + 400))
+        .backup(backup("20261120T110000Z-full", 5 * MIB + 40, 5 * MIB + 400))
+        .done();
+    let branch = catalog.history(timeline(1)).unwrap();
+    let stretches = catalog.stretches(&branch);
+    let at = |text: &str| TimeKnowledge {
+        max_time_before: Some(time("2026-11-20T10:00:00Z")),
+        ..knowledge(text, Some("2026-11-20T11:30:00Z")).unwrap()
+    };
+    let behind = backups_in(&catalog, &branch, &stretches[1], None);
+    // The next commit behind the backup is one of 11:30.
+    let refused = choose(&behind, &before(7 * MIB), Some(at("2026-11-20T10:15:00Z"))).unwrap_err();
+    assert!(refused.0.contains("before backup 20261120T110000Z-full began"), "{}", refused.0);
+    assert!(choose(&behind, &before(7 * MIB), Some(at("2026-11-20T11:00:00Z"))).is_ok());
+    // Nothing was committed behind the gap at all, and the target is the very time that was carried over it.
+    let end = through(7 * MIB, 7 * MIB + 50);
+    assert!(choose(&behind, &end, Some(at("2026-11-20T10:00:00Z"))).is_err());
+    assert!(choose(&behind, &end, Some(at("2026-11-20T11:10:00Z"))).is_ok());
 }
 
 #[test]

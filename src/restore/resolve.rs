@@ -1,25 +1,20 @@
 //! Makes a plan: reads the archive's headers, searches the cut, and checks everything that the restore will need.
 
-use std::collections::BTreeMap;
+use std::time::Duration;
 
-use futures_util::{StreamExt, TryStreamExt, stream};
-
-use super::error::RestoreError;
-use super::plan::{self, NeededTail, NeededWal, RecoveryStop, TimeKnowledge, Unreachable};
-use super::plan_file::{PlanFile, PlannedHistory, PlannedPiece, PlannedRun, PlannedTail};
+use super::error::{RestoreError, with_sources};
+use super::frozen::{check_parts, check_sizes, freeze, histories};
+use super::plan::{self, NeededWal, RecoveryStop, TimeKnowledge, Unreachable};
+use super::plan_file::{PlanFile, PlannedRun};
 use super::search::{Cut, Search, SearchError, SearchTarget, Stop};
-use super::source::{ArchiveSource, held_wal};
+use super::source::{ArchiveSource, held_wal, searched_from};
 use super::target::{Request, Target};
-use crate::repository::{
-    Archive, BackupJson, Catalog, Repository, RepositoryError, Stretch, WalObject, WalObjectKind, Window,
-};
-use crate::seal::{ObjectHeader, combine_crc32};
-use crate::wal::{CommitMark, Lsn, PgTime, SegmentSize, SystemIdentifier, TimelineHistory, TimelineId};
+use super::windows::{complete_until, windows};
+use crate::repository::{Archive, BackupJson, Catalog, Repository, RepositoryError, Stretch, WalObject};
+use crate::wal::{CommitMark, Lsn, SegmentSize, SystemIdentifier, TimelineHistory, TimelineId};
 
-/// Objects looked at from the end of a stretch for the last checkpoint's time.
-const LAST_HEADERS: u64 = 8;
-/// Requests at the same time.
-const REQUESTS: usize = 8;
+/// How long another repository may take to say what it holds of the latest state.
+const ANOTHER_LIMIT: Duration = Duration::from_secs(30);
 
 /// Everything that a restore will do, resolved and checked.
 #[derive(Clone, Debug)]
@@ -33,6 +28,8 @@ pub struct Plan {
     pub stop: RecoveryStop,
     pub last_kept: Option<CommitMark>,
     pub first_left_out: Option<CommitMark>,
+    /// How far the WAL is replayed, exclusive.
+    pub reached: Lsn,
     /// For `latest`: through where the archive tells of WAL that is not there.
     pub told_beyond: Option<Lsn>,
     pub wal: NeededWal,
@@ -43,31 +40,72 @@ pub struct Plan {
     pub file: PlanFile,
 }
 
-/// Plans on the first of `repositories` that can be read and reaches the target; else tells what the first one said.
+/// Plans on the first of `repositories`, in file order, that can be read and reaches the target; else tells what the first one said.
+///
+/// Of the latest state one may hold more than another: all are looked at then, and the one that reaches furthest along the branch of the
+/// first is taken. What was passed over is told.
 pub async fn plan(
     repositories: &[Repository],
     system: Option<SystemIdentifier>,
     request: &Request,
 ) -> Result<Plan, RestoreError> {
-    let mut first = None;
+    let (mut best, mut passed_over): (Option<Plan>, Vec<(&str, RestoreError)>) = (None, Vec::new());
     for repository in repositories {
-        match plan_in(repository, system, request).await {
-            Ok(plan) => return Ok(plan),
-            Err(error) => {
-                tracing::debug!(repository = repository.name(), %error, "no plan from this repository");
-                // A refusal of the target says more than a store that is not there.
-                let better = matches!(error, RestoreError::Unreachable { .. })
-                    && !matches!(first, Some(RestoreError::Unreachable { .. }));
-                if first.is_none() || better {
-                    first = Some(error);
-                }
+        let attempt = plan_in(repository, system, request);
+        let planned = match &best {
+            None => attempt.await,
+            // Nothing waits long for another one, once there is a plan.
+            Some(_) => match tokio::time::timeout(ANOTHER_LIMIT, attempt).await {
+                Ok(planned) => planned,
+                Err(_) => Err(RestoreError::Timeout { seconds: ANOTHER_LIMIT.as_secs() }),
+            },
+        };
+        match (planned, best.take()) {
+            (Ok(plan), None) => best = Some(plan),
+            (Ok(plan), Some(known)) => best = Some(further(known, plan)),
+            (Err(error), known) => {
+                passed_over.push((repository.name(), error));
+                best = known;
             }
         }
+        if best.is_some() && request.target != Target::Latest {
+            break;
+        }
     }
-    Err(first.unwrap_or_else(|| RestoreError::Target {
-        why: "no repository is configured".into(),
-        hint: "name one in the configuration or by `--repository`",
-    }))
+    let Some(plan) = best else {
+        // A refusal of the target says more than a store that is not there.
+        let refusal = passed_over.iter().position(|(_, error)| matches!(error, RestoreError::Unreachable { .. }));
+        return Err(match passed_over.is_empty() {
+            false => passed_over.swap_remove(refusal.unwrap_or(0)).1,
+            true => RestoreError::Target {
+                why: "no repository is configured".into(),
+                hint: "name one in the configuration or by `--repository`",
+            },
+        });
+    };
+    for (name, error) in passed_over {
+        tracing::warn!("repository {name} is passed over: {}", with_sources(&error));
+    }
+    Ok(plan)
+}
+
+/// Of two plans for the latest state the one that holds more of the same branch; else the first.
+fn further(first: Plan, second: Plan) -> Plan {
+    let switch =
+        second.file.ancestors.iter().find(|(timeline, _)| *timeline == first.timeline).map(|(_, switch)| *switch);
+    let on_its_branch = first.timeline == second.timeline || switch.is_some_and(|switch| first.reached <= switch);
+    let is_same = first.archive.system() == second.archive.system();
+    if !is_same || !on_its_branch || second.reached <= first.reached {
+        return first;
+    }
+    tracing::warn!(
+        "repository {} ends at {}, and {} goes on to {}, which is taken",
+        first.archive.repository().name(),
+        first.reached,
+        second.archive.repository().name(),
+        second.reached
+    );
+    second
 }
 
 async fn plan_in(
@@ -152,6 +190,7 @@ impl From<SearchError<RepositoryError>> for Failure {
 
 /// What was decided so far.
 struct Resolved<'a> {
+    search: Search<'a, ArchiveSource<'a>, WalObject>,
     stretch: &'a Stretch,
     backup: &'a BackupJson,
     stop: RecoveryStop,
@@ -178,9 +217,10 @@ async fn resolve(archive: &Archive, catalog: &Catalog, request: &Request) -> Res
     }
     let branch = plan::choose_branch(catalog, request)?;
     let stretches = catalog.stretches(&branch);
+    let source = ArchiveSource::new(archive);
     let resolved = match &request.target {
-        Target::Immediate => immediate(archive, catalog, &branch, &stretches, request).await?,
-        _ => searched(archive, catalog, &branch, &stretches, request).await?,
+        Target::Immediate => immediate(&source, catalog, &branch, &stretches, request).await?,
+        _ => searched(&source, catalog, &branch, &stretches, request).await?,
     };
     let action = plan::check_action(resolved.stop, request.action);
     action.map_err(|why| Failure::Unreachable(why, "give `--action promote`"))?;
@@ -195,7 +235,7 @@ async fn resolve(archive: &Archive, catalog: &Catalog, request: &Request) -> Res
 
 /// The first moment at which a backup is consistent: before the first record from its stop LSN on, or behind the last one.
 async fn immediate<'a>(
-    archive: &'a Archive,
+    source: &'a ArchiveSource<'a>,
     catalog: &'a Catalog,
     branch: &'a TimelineHistory,
     stretches: &'a [Stretch],
@@ -204,7 +244,7 @@ async fn immediate<'a>(
     let (choice, index) = plan::choose_immediate(catalog, branch, stretches, request.backup.as_ref())?;
     let target = SearchTarget::Lsn { lsn: choice.backup.stop_lsn, exclusive: true };
     let (at, backups) = ((stretches, index), [choice.backup]);
-    let (found, _) = search_stretch(archive, catalog, branch, at, &backups, choice.backup.start_lsn, &target).await?;
+    let (found, _) = search_stretch(source, catalog, branch, at, &backups, choice.backup.start_lsn, &target).await?;
     let stop = match found.stop {
         RecoveryStop::Lsn { inclusive: false, .. } => choice.stop,
         behind_the_last => behind_the_last,
@@ -214,7 +254,7 @@ async fn immediate<'a>(
 
 /// Searches the stretches that a backup reaches, the newest first.
 async fn searched<'a>(
-    archive: &'a Archive,
+    source: &'a ArchiveSource<'a>,
     catalog: &'a Catalog,
     branch: &'a TimelineHistory,
     stretches: &'a [Stretch],
@@ -233,7 +273,7 @@ async fn searched<'a>(
             }
             continue;
         };
-        let outcome = search_stretch(archive, catalog, branch, (stretches, index), &backups, from, &target).await;
+        let outcome = search_stretch(source, catalog, branch, (stretches, index), &backups, from, &target).await;
         match outcome {
             Ok((resolved, at)) => {
                 found.push((resolved, at));
@@ -285,7 +325,7 @@ fn search_target(request: &Request) -> SearchTarget {
 }
 
 async fn search_stretch<'a>(
-    archive: &Archive,
+    source: &'a ArchiveSource<'a>,
     catalog: &Catalog,
     branch: &TimelineHistory,
     (stretches, index): (&'a [Stretch], usize),
@@ -293,29 +333,36 @@ async fn search_stretch<'a>(
     from: Lsn,
     target: &SearchTarget,
 ) -> Result<(Resolved<'a>, Lsn), Failure> {
-    let stretch = &stretches[index];
-    let source = ArchiveSource::new(archive);
-    let first = stretch.index_of(from).unwrap_or(0);
+    let (archive, stretch) = (source.archive(), &stretches[index]);
+    let first = stretch.index_of(searched_from(stretch, from)).unwrap_or(0);
     let before = object_before(stretches, index, first);
     let max_time_before = match before {
         Some(object) => archive.header(&object).await?.summary.max_time,
         None => None,
     };
     let items = held_wal(stretch, from);
-    let mut search = Search::new(&source, stretch.segment_size(), archive.system(), items, max_time_before)?;
-    let cut = search.find(target).await?;
+    let mut search = Search::new(source, stretch.segment_size(), archive.system(), items, max_time_before)?;
+    let mut cut = search.find(target).await?;
     let time = match target {
         SearchTarget::Time { time, exclusive } => Some(TimeKnowledge {
             time: *time,
             exclusive: *exclusive,
             complete_until: complete_until(archive, catalog, branch, stretch).await?,
             max_time_before,
+            witness: holds_commit_before(archive, stretch, first).await?,
         }),
         _ => None,
     };
-    let choice = plan::choose(backups, &cut, time)?;
+    let choice = loop {
+        let choice = plan::choose(backups, &cut, time)?;
+        match search.earlier_cut(target, choice.backup.start_lsn, &cut).await? {
+            Some(earlier) => cut = earlier,
+            None => break choice,
+        }
+    };
     let through = through(archive, stretch, &cut).await?;
     let resolved = Resolved {
+        search,
         stretch,
         backup: choice.backup,
         stop: choice.stop,
@@ -336,6 +383,19 @@ fn object_before(stretches: &[Stretch], index: usize, first: u64) -> Option<WalO
     before.object(before.object_count().checked_sub(1)?)
 }
 
+/// Whether a commit is held in the stretch before its object `first`. The highest time of the object before does not tell it alone,
+/// since it goes on over a hole, and nobody knows what was committed in there.
+async fn holds_commit_before(archive: &Archive, stretch: &Stretch, first: u64) -> Result<bool, RestoreError> {
+    let last = first.checked_sub(1).and_then(|before| stretch.object(before));
+    let (Some(begin), Some(last)) = (stretch.object(0), last) else { return Ok(false) };
+    // What lies behind a switch is another history's.
+    if begin.valid_until < begin.end() || last.valid_until < last.end() {
+        return Ok(false);
+    }
+    let begin = archive.header(&begin).await?.summary;
+    Ok(begin.max_time_here.is_some() || archive.header(&last).await?.summary.max_time > begin.max_time)
+}
+
 /// The last byte that PostgreSQL must read to stop where it should: the end of the record of the cut, also of one left out, since it is
 /// read to be recognised.
 async fn through(archive: &Archive, stretch: &Stretch, cut: &Cut) -> Result<Lsn, Failure> {
@@ -354,75 +414,17 @@ async fn through(archive: &Archive, stretch: &Stretch, cut: &Cut) -> Result<Lsn,
     Ok(record)
 }
 
-/// Until when every acknowledged commit is known to be held in `stretch`, by the archive's own words:
-///
-/// - the highest commit time and the last checkpoint's time in its last headers: a checkpoint's time is taken when it begins, so what was
-///   committed before lies before its record (`CreateCheckPoint` in `src/backend/access/transam/xlog.c`);
-/// - `coverage.json`, if the WAL through the position that it names is really there, on this branch.
-async fn complete_until(
-    archive: &Archive,
-    catalog: &Catalog,
-    branch: &TimelineHistory,
-    stretch: &Stretch,
-) -> Result<Option<PgTime>, RestoreError> {
-    let mut until = None;
-    let count = stretch.object_count();
-    for index in (count.saturating_sub(LAST_HEADERS)..count).rev() {
-        let Some(object) = stretch.object(index) else { break };
-        // What lies behind a switch is another history's.
-        if object.valid_until < object.end() {
-            continue;
-        }
-        let header = archive.header(&object).await?;
-        until = until.max(header.summary.max_time).max(header.summary.checkpoint.map(|checkpoint| checkpoint.time));
-        if header.summary.checkpoint.is_some() {
-            break;
-        }
-    }
-    Ok(until.max(covered_until(catalog, branch, stretch)))
-}
-
-/// What `coverage.json` says, as far as it can be believed.
-fn covered_until(catalog: &Catalog, branch: &TimelineHistory, stretch: &Stretch) -> Option<PgTime> {
-    let coverage = catalog.coverage.as_ref()?;
-    let (begin, end) = branch.range_of(coverage.timeline)?;
-    let on_branch = begin <= coverage.archived_lsn && end.is_none_or(|end| coverage.archived_lsn <= end);
-    let held = stretch.start() <= coverage.archived_lsn && coverage.archived_lsn <= stretch.end();
-    (on_branch && held).then_some(coverage.complete_until)
-}
-
-/// The windows with their times, for lists and refusals. A header that cannot be read leaves its time open.
-pub async fn windows(archive: &Archive, catalog: &Catalog) -> Result<Vec<Window>, RestoreError> {
-    let mut windows = catalog.windows();
-    for window in &mut windows {
-        let Some(branch) = catalog.history(window.timeline) else { continue };
-        let stretches = catalog.stretches(&branch);
-        let Some(stretch) = stretches.iter().find(|stretch| stretch.end() == window.to_lsn) else { continue };
-        match complete_until(archive, catalog, &branch, stretch).await {
-            Ok(until) => window.to_time = until,
-            Err(error) => tracing::warn!(%error, "the end of a window cannot be placed in time"),
-        }
-        // A backup that nothing was written after: all that is known of its moment is the earlier of the two.
-        if let (Some(from), Some(to)) = (window.from_time, window.to_time) {
-            window.from_time = Some(from.min(to));
-        }
-    }
-    Ok(windows)
-}
-
 async fn finish(
     archive: &Archive,
     branch: &TimelineHistory,
     request: &Request,
-    resolved: Resolved<'_>,
+    mut resolved: Resolved<'_>,
 ) -> Result<Plan, Failure> {
     let Resolved { stretch, backup, stop, .. } = resolved;
     let size = stretch.segment_size();
     let wal = NeededWal::of(stretch, backup.start_lsn, resolved.through);
-    let source = ArchiveSource::new(archive);
-    let items = held_wal(stretch, backup.start_lsn);
-    let mut search = Search::new(&source, size, archive.system(), items, None)?;
-    let changes = search.parameter_changes(backup.start_lsn, resolved.until).await?;
+    let changes = resolved.search.parameter_changes(backup.start_lsn, resolved.until).await?;
+    check_sizes(archive, &resolved.search.stored_sizes(backup.start_lsn, resolved.through).await?).await?;
     check_parts(archive, backup).await?;
     let mut tails = Vec::new();
     for tail in &wal.tails {
@@ -461,6 +463,7 @@ async fn finish(
         stop,
         last_kept: resolved.last_kept,
         first_left_out: resolved.first_left_out,
+        reached: resolved.until,
         told_beyond: None,
         segment_size: size,
         required_settings: plan::required_settings(backup, &changes),
@@ -469,87 +472,3 @@ async fn finish(
         file,
     })
 }
-
-/// Every part of the backup is there with its length, and its checksum where the store tells one.
-async fn check_parts(archive: &Archive, backup: &BackupJson) -> Result<(), RestoreError> {
-    let prefix = archive.keys().backup_prefix(&backup.id);
-    let listed = archive.list(&prefix, None).await?;
-    let listed: BTreeMap<&str, _> = listed.iter().map(|object| (object.key.as_str(), object)).collect();
-    for part in backup.volumes.iter().chain(&backup.manifest) {
-        let key = archive.keys().backup_object(&backup.id, &part.key);
-        let why = match listed.get(key.as_str()) {
-            None => format!("{} is missing", part.key),
-            Some(object) if object.size != part.stored_bytes => {
-                format!("{} has {} bytes instead of {}", part.key, object.size, part.stored_bytes)
-            }
-            Some(_) => continue,
-        };
-        return Err(RestoreError::DamagedBackup { backup: backup.id.to_string(), why });
-    }
-    Ok(())
-}
-
-/// Reads the headers of a tail's pieces, proves that they follow each other, and writes down what they are now.
-async fn freeze(archive: &Archive, tail: &NeededTail) -> Result<PlannedTail, RestoreError> {
-    let objects: Vec<WalObject> = tail
-        .pieces
-        .iter()
-        .map(|piece| WalObject {
-            segment: piece.segment,
-            kind: WalObjectKind::Piece { start: piece.start, end: piece.end },
-            compression: piece.compression,
-            valid_until: piece.end_lsn(),
-        })
-        .collect();
-    archive.check_overlaps(tail.segment).await?;
-    let headers: Vec<ObjectHeader> =
-        stream::iter(&objects).map(|object| archive.header(object)).buffered(REQUESTS).try_collect().await?;
-    let mut end = 0;
-    let mut raw_crc32 = 0;
-    let mut pieces = Vec::new();
-    for (piece, header) in tail.pieces.iter().zip(&headers) {
-        // Only pieces that meet exactly can be joined by their checksums; those that overlap were compared byte by byte.
-        if u64::from(piece.start) == end {
-            if header.prefix_crc32 != raw_crc32 {
-                let why = format!(
-                    "the piece at {} of {} was written behind other bytes than the ones that are stored before it",
-                    piece.start_lsn(),
-                    piece.segment
-                );
-                return Err(RestoreError::DamagedWal { why });
-            }
-            raw_crc32 = combine_crc32(raw_crc32, header.raw_crc32, header.raw_size);
-        } else {
-            raw_crc32 = archive.prefix_crc32(&tail.pieces, piece.end).await?;
-        }
-        end = u64::from(piece.end);
-        pieces.push(PlannedPiece {
-            start: piece.start,
-            end: piece.end,
-            compression: piece.compression,
-            raw_crc32: header.raw_crc32,
-        });
-    }
-    Ok(PlannedTail { segment: tail.segment.to_string(), end, raw_crc32, pieces })
-}
-
-/// The stored histories of the branch, oldest first, with their checksums.
-async fn histories(archive: &Archive, branch: &TimelineHistory) -> Result<Vec<PlannedHistory>, RestoreError> {
-    let mut histories = Vec::new();
-    let chain = branch.ancestors().iter().map(|ancestor| ancestor.timeline).chain([branch.timeline()]);
-    for timeline in chain.filter(|timeline| *timeline != TimelineId::FIRST) {
-        // Ancestors' files may be missing: the newest one has the whole chain.
-        if let Some(bytes) = archive.history(timeline).await? {
-            histories.push(PlannedHistory {
-                timeline,
-                size: bytes.len() as u64, // usize fits
-                crc32: crc32fast::hash(&bytes),
-            });
-        }
-    }
-    Ok(histories)
-}
-
-#[cfg(test)]
-#[path = "resolve_tests.rs"]
-mod tests;

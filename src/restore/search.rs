@@ -12,7 +12,7 @@ mod target;
 #[cfg(test)]
 mod tests;
 
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 
 pub use error::SearchError;
 pub use held::{HeldWal, RawWal, WalSource};
@@ -22,7 +22,7 @@ use crate::wal::{
     CommitMark, LONG_HEADER_LEN, Lsn, PAGE_SIZE, ParameterChange, PgTime, RecordInfo, RecordKind, SHORT_HEADER_LEN,
     SegmentSize, SystemIdentifier,
 };
-use held::Held;
+use held::{HEADERS_AT_ONCE, Held};
 
 /// A search on one branch over WAL held without a gap.
 pub struct Search<'a, S, K> {
@@ -54,24 +54,71 @@ impl<'a, S: WalSource<K>, K: Send + Sync> Search<'a, S, K> {
     }
 
     async fn find_time(&mut self, time: PgTime, exclusive: bool) -> Result<Cut, SearchError<S::Error>> {
-        let is_left_out = |t: PgTime| if exclusive { t >= time } else { t > time };
-        if self.max_time_before.is_some_and(is_left_out) {
-            return Err(SearchError::BeforeRange { from: self.held.range().start });
+        let is_left_out = left_out(time, exclusive);
+        if let Some(time) = self.max_time_before.filter(|time| is_left_out(*time)) {
+            return Err(SearchError::BeforeTime { time, from: self.held.range().start });
         }
-        // The first object up to whose end such a commit was seen. A header may say "seen" too early (of WAL that was
-        // stored beyond a switch), so what follows it is looked through until a record is found.
+        let count = self.held.len();
+        let first = self.first_seen(is_left_out).await?;
+        let cut = match self.first_left_out(first..count, is_left_out).await? {
+            Some((index, lsn)) => self.cut_at(index, lsn, false).await?,
+            None => self.at_end().await?,
+        };
+        if !cut.last_kept.is_some_and(|kept| is_left_out(kept.time)) {
+            return Ok(cut);
+        }
+        // The highest time falls somewhere, which led past the first one. Then all are looked at.
+        self.held.load_headers(0..count).await?;
+        match self.first_left_out(0..count, is_left_out).await? {
+            Some((index, lsn)) => self.cut_at(index, lsn, false).await,
+            None => Ok(cut),
+        }
+    }
+
+    /// The first object up to whose end a commit to leave out was seen, as the headers tell it.
+    async fn first_seen(&mut self, is_left_out: impl Fn(PgTime) -> bool) -> Result<usize, SearchError<S::Error>> {
         let (mut low, mut high) = (0, self.held.len());
         while low < high {
             let middle = low + (high - low) / 2;
-            if self.held.header(middle).await?.summary.max_time.is_some_and(is_left_out) {
-                high = middle;
-            } else {
-                low = middle + 1;
+            match self.max_time_known(low, middle).await? {
+                Some((index, time)) if is_left_out(time) => high = index,
+                _ => low = middle + 1,
             }
         }
-        for index in low..self.held.len() {
-            let header = self.held.header(index).await?;
-            if !header.summary.max_time_here.is_some_and(is_left_out) && !self.has_unknown_record(index).await? {
+        Ok(low)
+    }
+
+    /// The highest time up to the object `middle`, and the object whose header tells it, down to `low`. One that knows of no time says
+    /// nothing: its writer may have begun anew there.
+    async fn max_time_known(
+        &mut self,
+        low: usize,
+        middle: usize,
+    ) -> Result<Option<(usize, PgTime)>, SearchError<S::Error>> {
+        let (mut end, mut count) = (middle + 1, 1);
+        while end > low {
+            let begin = end.saturating_sub(count).max(low);
+            self.held.load_headers(begin..end).await?;
+            for index in (begin..end).rev() {
+                if let Some(time) = self.held.header(index).await?.summary.max_time {
+                    return Ok(Some((index, time)));
+                }
+            }
+            (end, count) = (begin, (count * 2).min(HEADERS_AT_ONCE));
+        }
+        Ok(None)
+    }
+
+    /// The first commit to leave out in the objects of `range`. A header may say "seen" too early (of WAL that was stored beyond a
+    /// switch), so what follows it is looked through until a record is found.
+    async fn first_left_out(
+        &mut self,
+        range: Range<usize>,
+        is_left_out: impl Fn(PgTime) -> bool + Send + Sync,
+    ) -> Result<Option<(usize, Lsn)>, SearchError<S::Error>> {
+        for index in range {
+            let here = self.held.header(index).await?.summary.max_time_here;
+            if !here.is_some_and(&is_left_out) && !self.has_unknown_record(index).await? {
                 continue;
             }
             let mut found = None;
@@ -85,10 +132,32 @@ impl<'a, S: WalSource<K>, K: Send + Sync> Search<'a, S, K> {
                 })
                 .await?;
             if let Some(lsn) = found {
-                return self.cut_at(index, lsn, false).await;
+                return Ok(Some((index, lsn)));
             }
         }
-        self.at_end().await
+        Ok(None)
+    }
+
+    /// For a time: the right cut, if what lies between `from` and `cut` has a commit to leave out after all. Looks at every header there,
+    /// whose own highest times are true also where the highest time so far falls.
+    pub async fn earlier_cut(
+        &mut self,
+        target: &SearchTarget,
+        from: Lsn,
+        cut: &Cut,
+    ) -> Result<Option<Cut>, SearchError<S::Error>> {
+        let SearchTarget::Time { time, exclusive } = *target else { return Ok(None) };
+        let first = self.held.holding(from).unwrap_or(0);
+        let reached = cut.stop.reached_at();
+        let end = self.held.holding(Lsn::new(reached.get() - 1)).map_or(self.held.len(), |last| last + 1);
+        if first >= end {
+            return Ok(None);
+        }
+        self.held.load_headers(first..end).await?;
+        match self.first_left_out(first..end, left_out(time, exclusive)).await? {
+            Some((index, lsn)) if lsn < reached => self.cut_at(index, lsn, false).await.map(Some),
+            _ => Ok(None),
+        }
     }
 
     async fn find_lsn(&mut self, lsn: Lsn, exclusive: bool) -> Result<Cut, SearchError<S::Error>> {
@@ -239,6 +308,21 @@ impl<'a, S: WalSource<K>, K: Send + Sync> Search<'a, S, K> {
         Ok(changes)
     }
 
+    /// The objects that hold `[from, to)`, and their stored sizes as their headers tell them.
+    pub async fn stored_sizes(&mut self, from: Lsn, to: Lsn) -> Result<Vec<(K, u64)>, SearchError<S::Error>>
+    where
+        K: Clone,
+    {
+        let first = self.held.holding(from).unwrap_or(0);
+        let end = self.held.holding(to).map_or(self.held.len(), |last| last + 1);
+        self.held.load_headers(first..end).await?;
+        let mut sizes = Vec::new();
+        for index in first..end {
+            sizes.push((self.held.key(index).clone(), self.held.header(index).await?.stored_size));
+        }
+        Ok(sizes)
+    }
+
     /// The cut at the record at `lsn`, which ends in the object `index`: through it if `keep`, else before it.
     async fn cut_at(&mut self, index: usize, lsn: Lsn, keep: bool) -> Result<Cut, SearchError<S::Error>> {
         let (mut end, mut last_kept, mut first_left_out) = (None, None, None);
@@ -339,6 +423,10 @@ impl<'a, S: WalSource<K>, K: Send + Sync> Search<'a, S, K> {
         let header_len = if first_of_segment { LONG_HEADER_LEN } else { SHORT_HEADER_LEN };
         Ok(end.checked_add(header_len as u64).unwrap_or(end))
     }
+}
+
+fn left_out(time: PgTime, exclusive: bool) -> impl Fn(PgTime) -> bool + Copy + Send + Sync {
+    move |commit| if exclusive { commit >= time } else { commit > time }
 }
 
 fn commit_of(record: &RecordInfo) -> Option<CommitMark> {

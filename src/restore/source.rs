@@ -22,12 +22,22 @@ impl<'a> ArchiveSource<'a> {
     pub fn new(archive: &'a Archive) -> Self {
         Self { archive }
     }
+
+    pub fn archive(&self) -> &'a Archive {
+        self.archive
+    }
 }
 
-/// The objects of a stretch from the one that holds `from` on, as the search takes them.
+/// Where a search from `from` on begins: at the segment that holds it. A tail piece may begin in the middle of a page, and records can be
+/// read from a page's beginning only.
+pub fn searched_from(stretch: &Stretch, from: Lsn) -> Lsn {
+    stretch.segment_size().start_of(from).max(stretch.start())
+}
+
+/// The objects of a stretch from `searched_from` on, as the search takes them.
 pub fn held_wal(stretch: &Stretch, from: Lsn) -> Vec<HeldWal<WalObject>> {
     let mut before = Lsn::ZERO;
-    let objects = stretch.objects(from, stretch.end());
+    let objects = stretch.objects(searched_from(stretch, from), stretch.end());
     let items = objects.map(|object| {
         // Pieces may overlap (equal bytes): what was counted once is not counted again.
         let counts = object.start().max(before)..object.valid_until;
@@ -101,5 +111,33 @@ impl RawWal for RawObject {
                 return Ok(Some(raw.into()));
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::repository::test_support::{MIB, Sketch, timeline};
+
+    /// A backup from a standby begins in a segment that is still held in pieces. The search began with the piece that holds its start, at
+    /// the next page: it did not see what was committed before, and a time before that was restored with it (E6, I5).
+    #[test]
+    fn a_search_begins_with_the_segment_whatever_its_pieces_are() {
+        let catalog = Sketch::new()
+            .segments(1, 1..3)
+            .piece(1, 3, 0, 0x2100)
+            .piece(1, 3, 0x2100, 0x2900)
+            .piece(1, 3, 0x2900, 0x5000);
+        let catalog = catalog.done();
+        let stretches = catalog.stretches(&catalog.history(timeline(1)).unwrap());
+        let starts = |from: u64| {
+            let held = held_wal(&stretches[0], Lsn::new(from));
+            held.iter().map(|item| item.object.start.get()).collect::<Vec<_>>()
+        };
+        let pieces = [3 * MIB, 3 * MIB + 0x2100, 3 * MIB + 0x2900];
+        assert_eq!(starts(3 * MIB + 0x2A00), pieces);
+        assert_eq!(starts(3 * MIB), pieces);
+        assert_eq!(starts(2 * MIB + 40), [&[2 * MIB][..], &pieces].concat());
+        assert_eq!(starts(MIB), [&[MIB, 2 * MIB][..], &pieces].concat());
     }
 }

@@ -15,6 +15,8 @@ use crate::seal::SealError;
 pub const HELD_BACK: [&str; 3] = ["global/pg_control", "tablespace_map", "backup_label"];
 /// Bytes that such a file may have.
 const HELD_BYTES_MAX: u64 = 1 << 20;
+/// Folders that a backup may have: one for each database in each tablespace, and some more.
+const FOLDERS_MAX: u64 = 1 << 20;
 /// Files that a new server must not find: `standby.signal` of a backup made on a standby would win over `recovery.signal`, and
 /// `postmaster.pid` names a process of another machine.
 const NEVER_TAKEN: [&str; 4] = ["standby.signal", "recovery.signal", "postmaster.pid", "postmaster.opts"];
@@ -35,6 +37,8 @@ pub struct Destination {
 #[derive(Debug, Default)]
 pub struct Seen {
     pub files: HashMap<InnerPath, ()>,
+    /// Entries of folders, which no manifest names.
+    pub folders: u64,
     pub held_back: BTreeMap<&'static str, Vec<u8>>,
 }
 
@@ -148,6 +152,15 @@ impl<'a> VolumeWriter<'a> {
         Ok(expected)
     }
 
+    fn count_folder(&self) -> Result<(), RestoreError> {
+        let mut seen = self.destination.seen.lock().expect("no thread panics while it holds it");
+        seen.folders += 1;
+        if seen.folders <= FOLDERS_MAX {
+            return Ok(());
+        }
+        Err(self.destination.damaged(format!("it has more than {FOLDERS_MAX} folders")))
+    }
+
     fn open(&mut self, path: InnerPath, size: u64) -> Result<(), RestoreError> {
         let expected = self.expect(&path, size)?;
         let named = |names: &[&'static str]| names.iter().copied().find(|name| name.as_bytes() == path.as_bytes());
@@ -188,11 +201,19 @@ impl TarSink for VolumeWriter<'_> {
             let why = format!("it has the path \"{}\"", String::from_utf8_lossy(&entry.path).escape_debug());
             return Err(destination.damaged(why).into());
         };
+        // A tablespace lies where the backup says, outside of the directory: only PostgreSQL's own names are made there.
+        if let Some((_, inner)) = path.in_tablespace() {
+            let may_be = entry.kind == TarKind::Directory || inner.as_bytes().contains(&b'/');
+            if !inner.is_of_tablespace() || !may_be {
+                return Err(destination.damaged(format!("{path} is nothing that a tablespace has")).into());
+            }
+        }
         match entry.kind {
             TarKind::File { size } => self.open(path, size)?,
             // The link to a tablespace comes in its place.
             TarKind::Directory if destination.is_tablespace_itself(&path) => {}
             TarKind::Directory => {
+                self.count_folder()?;
                 let (directory, inner) = destination.place(&path);
                 let made = directory.create_folder(&inner, &mut LastFolder::default());
                 made.map_err(RestoreError::io("created", directory.path().join(inner.to_string())))?;

@@ -66,7 +66,12 @@ fn files_go_where_they_belong_and_some_are_held_back_or_left_out() {
 
 #[test]
 fn hostile_entries_are_refused_and_nothing_lands_outside() {
-    let manifested: &[(&str, &[u8])] = &[("base/5/1259", b"good"), ("backup_label", b"x")];
+    let manifested: &[(&str, &[u8])] = &[
+        ("base/5/1259", b"good"),
+        ("backup_label", b"x"),
+        ("pg_tblspc/16384/authorized_keys", b"good"),
+        ("pg_tblspc/16384/PG_17_1", b"good"),
+    ];
     let hostile: Vec<(&str, Vec<Vec<u8>>)> = vec![
         ("a path that leaves", vec![file("../outside", b"x")]),
         ("a path that leaves later", vec![file("base/../../outside", b"x")]),
@@ -81,6 +86,9 @@ fn hostile_entries_are_refused_and_nothing_lands_outside() {
         ("a file of another content", vec![file("base/5/1259", b"evil")]),
         ("the same file twice", vec![file("base/5/1259", b"good"), file("base/5/1259", b"good")]),
         ("WAL", vec![file("pg_wal/000000010000000000000003", b"x")]),
+        ("a key below a tablespace", vec![file("pg_tblspc/16384/authorized_keys", b"good")]),
+        ("a folder below a tablespace", vec![directory("pg_tblspc/16384/.ssh")]),
+        ("a file in the place of a tablespace's folder", vec![file("pg_tblspc/16384/PG_17_1", b"good")]),
         ("a recovery command", vec![file("postgresql.auto.conf", b"restore_command='rm'")]),
     ];
     for (what, entries) in hostile {
@@ -90,8 +98,18 @@ fn hostile_entries_are_refused_and_nothing_lands_outside() {
         let outside: Vec<String> =
             listing(folder.path()).into_iter().filter(|path| !path.starts_with("data/base/")).collect();
         assert!(outside.is_empty(), "{what}: {outside:?}");
+        assert_eq!(std::fs::read_dir(folder.path().join("fast")).unwrap().count(), 0, "{what}");
         assert!(!std::path::Path::new("/tmp/walden-outside").exists());
     }
+}
+
+#[test]
+fn folders_without_end_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let destination = destination(folder.path(), None);
+    destination.seen.lock().unwrap().folders = FOLDERS_MAX - 1;
+    assert!(write(&destination, &archive(&[directory("base/1")])).is_ok());
+    assert!(write(&destination, &archive(&[directory("base/2")])).is_err());
 }
 
 #[test]

@@ -29,6 +29,8 @@ pub enum SpoolError {
     Sync { path: PathBuf, source: io::Error },
     #[error("{} is damaged", path.display())]
     Damaged { path: PathBuf, source: SealError },
+    #[error("{} has vanished", path.display())]
+    Gone { path: PathBuf },
     #[error("{} belongs to another cluster or segment: {why}", path.display())]
     Foreign { path: PathBuf, why: String },
     #[error("another Walden uses the spool {}", path.display())]
@@ -56,7 +58,7 @@ impl SpoolError {
             Self::Full { .. } => NextStep::Wait,
             // After a failed flush the kernel may drop the dirty pages and report success next time, so a second
             // flush proves nothing. The file is void; the server still has the bytes (I9).
-            Self::Sync { .. } | Self::Damaged { .. } => NextStep::FetchAgain,
+            Self::Sync { .. } | Self::Damaged { .. } | Self::Gone { .. } => NextStep::FetchAgain,
             Self::Foreign { .. } | Self::InUse { .. } | Self::Conflict { .. } => NextStep::Stop,
         }
     }
@@ -67,6 +69,9 @@ impl SpoolError {
             Self::Full { .. } => "make room on the disk of `spool.path`; PostgreSQL keeps the WAL meanwhile",
             Self::Sync { .. } => "the disk reports write errors: replace it; the bytes are taken again from the server",
             Self::Damaged { .. } => "check the disk; the bytes are taken again from the server",
+            Self::Gone { .. } => {
+                "find out who removes files from `spool.path`; the bytes are taken again from the server"
+            }
             Self::Foreign { .. } => "move it out of the spool, or correct `spool.path`",
             Self::InUse { .. } => "stop the other one, or give each its own `spool.path`",
             Self::Conflict { .. } => "two histories met: find out which server is the right one before going on",
@@ -290,10 +295,12 @@ impl Spool {
         }
     }
 
-    /// Takes a name back that could not be made durable: the file is a finished one without a name again.
-    pub fn unname(&self, name: &SpooledName, to: &Path) -> Result<(), SpoolError> {
-        let path = self.path_of(name);
-        self.disk.rename_new(&path, to).map_err(at("rename", &path))
+    /// Takes a name back that could not be made durable: the file is a finished one without a name again. If that fails too, the next
+    /// session finds a name without a record.
+    pub fn take_back(&self, name: &SpooledName, to: &Path) {
+        if let Err(error) = self.disk.rename_new(&self.path_of(name), to) {
+            tracing::error!(name = name.relative, "a name that could not be flushed stays: {error}");
+        }
     }
 
     /// Names a finished segment that a crash has left without its name. `None`: it is not finished, or not of this cluster. Durable
@@ -331,7 +338,10 @@ impl Spool {
         if !self.name_sealed(path, &name)? {
             return Ok(None);
         }
-        self.sync_names(&name)?;
+        if let Err(error) = self.sync_names(&name) {
+            self.take_back(&name, path);
+            return Err(error);
+        }
         Ok(Some((name, size, crc32.finalize())))
     }
 
@@ -344,12 +354,16 @@ impl Spool {
         self.disk.remove(path).map_err(at("remove", path))
     }
 
-    /// Sets a damaged file aside, for a person to look at. Never uploaded, never deleted.
-    pub fn quarantine(&self, path: &Path) -> Result<PathBuf, SpoolError> {
+    /// Sets a damaged file aside, for a person to look at. Never uploaded, never deleted. False if there is no such file any more.
+    pub fn quarantine(&self, path: &Path) -> Result<bool, SpoolError> {
         let name = path.file_name().map_or_else(|| "unnamed".into(), |n| n.to_string_lossy().into_owned());
-        let aside = self.folder.join("quarantine").join(format!("{name}.{}", uuid::Uuid::new_v4().simple()));
-        self.disk.rename_new(path, &aside).map_err(at("rename", path))?;
-        Ok(aside)
+        let folder = self.folder.join("quarantine");
+        self.disk.create_folders(&folder).map_err(at("create", &folder))?;
+        let aside = folder.join(format!("{name}.{}", uuid::Uuid::new_v4().simple()));
+        match self.disk.rename_new(path, &aside) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            renamed => renamed.map_err(at("rename", path)).map(|()| true),
+        }
     }
 
     /// Whole segments that were ever set aside, by their names.
@@ -413,7 +427,14 @@ impl Spool {
         let path = self.path_of(name);
         let mut head = vec![0; HEADER_LEN];
         let mut file = self.disk.open_read(&path).map_err(at("open", &path))?;
-        file.read_exact(&mut head).map_err(at("read", &path))?;
+        match file.read_exact(&mut head) {
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                let found = file.metadata().map_or(0, |metadata| metadata.len());
+                let source = SealError::Size { expected: HEADER_LEN as u64, found }; // usize fits
+                return Err(SpoolError::Damaged { path, source });
+            }
+            read => read.map_err(at("read", &path))?,
+        }
         let header = ObjectHeader::parse(&head).map_err(|source| SpoolError::Damaged { path: path.clone(), source })?;
         self.check_identity(&header, name, system)?;
         Ok(header)

@@ -22,9 +22,7 @@ impl OpenSegment {
     /// Creates the file with an empty header. Not durable yet.
     pub fn create(disk: &Disk, path: &Path) -> Result<Self, SpoolError> {
         let file = disk.create_new(path).map_err(at("create", path))?;
-        let mut head = vec![b' '; HEADER_LEN];
-        head[..8].copy_from_slice(&[0x57, 0x2A, 0x4D, 0x18, 0, 0x10, 0, 0]);
-        if let Err(error) = file.write_at(&head, 0) {
+        if let Err(error) = file.write_at(&empty_head(), 0) {
             // So that the same call may be made again once there is room.
             disk.remove(path).map_err(at("remove", path))?;
             return Err(at("write", path)(error));
@@ -50,12 +48,16 @@ impl OpenSegment {
         // A write that failed is made again in the same place, never over the mark that counts.
         mark.generation = self.marked.as_ref().map_or(0, |marked| marked.generation) + 1;
         self.file.write_at(&mark.encode(), mark.offset()).map_err(at("write", path))?;
-        self.sync()?;
-        if self.marked.is_none()
-            && let Some(folder) = path.parent()
-        {
+        let flushed = self.sync().and_then(|()| match path.parent() {
             // The first mark makes the name durable as well.
-            self.disk.sync_folder(folder).map_err(|source| SpoolError::Sync { path: folder.into(), source })?;
+            Some(folder) if self.marked.is_none() => {
+                self.disk.sync_folder(folder).map_err(|source| SpoolError::Sync { path: folder.into(), source })
+            }
+            _ => Ok(()),
+        });
+        if let Err(error) = flushed {
+            self.write_back_head();
+            return Err(error);
         }
         self.marked = Some(mark);
         Ok(())
@@ -71,8 +73,29 @@ impl OpenSegment {
             // The header takes the place of the marks. They prove what was confirmed until the whole body is durable.
             self.sync()?;
         }
-        self.file.write_at(&frames.head, 0).map_err(at("write", path))?;
-        self.sync()
+        let finished = self.file.write_at(&frames.head, 0).map_err(at("write", path)).and_then(|()| self.sync());
+        if finished.is_err() {
+            self.write_back_head();
+        }
+        finished
+    }
+
+    /// After a failed flush the kernel may still show what it did not store: whoever reads the file then must find the last proven
+    /// mark and no other, and no header. Not flushed, since that would prove nothing: what the disk itself has is either this, or
+    /// whole.
+    fn write_back_head(&self) {
+        let mut head = empty_head();
+        if let Some(marked) = &self.marked {
+            let offset = usize::try_from(marked.offset()).expect("a mark lies in the head");
+            head[offset..offset + MARK_LEN].copy_from_slice(&marked.encode());
+        }
+        if let Err(error) = self.file.write_at(&head, 0) {
+            // The server still has the segment: better no file than one that says more than was proven.
+            tracing::error!(path = %self.file.path().display(), "an unproven mark could not be taken back: {error}");
+            if let Err(error) = self.disk.remove(self.file.path()) {
+                tracing::error!(path = %self.file.path().display(), "and the file could not be removed: {error}");
+            }
+        }
     }
 
     fn sync(&self) -> Result<(), SpoolError> {
@@ -100,6 +123,13 @@ impl OpenSegment {
     pub fn compression(&self) -> Option<Compression> {
         self.marked.as_ref().map(|mark| mark.compression)
     }
+}
+
+/// A skippable frame that says nothing yet.
+fn empty_head() -> Vec<u8> {
+    let mut head = vec![b' '; HEADER_LEN];
+    head[..8].copy_from_slice(&[0x57, 0x2A, 0x4D, 0x18, 0, 0x10, 0, 0]);
+    head
 }
 
 /// An open segment found after a restart: what of it is proven durable.

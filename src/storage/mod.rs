@@ -9,6 +9,7 @@ mod local;
 mod retry;
 mod s3;
 mod source;
+mod unopened;
 
 use std::fmt;
 use std::path::PathBuf;
@@ -30,11 +31,13 @@ const PIECE: usize = 256 * 1024;
 #[derive(Clone, Debug)]
 pub enum Body {
     Bytes(Bytes),
-    /// A whole file of `length` bytes that nobody writes to any more, such as a sealed spool file. A store in a directory of the same
-    /// file system may share it by a hard link instead of copying.
+    /// A whole file of `length` bytes that nobody writes to any more, such as a sealed spool file.
     SealedFile {
         path: PathBuf,
         length: u64,
+        /// The file goes right after. Then a store in a directory of the same file system may share it by a hard link instead of copying:
+        /// under two names for longer, damage to the one would be damage to the other.
+        goes: bool,
     },
     /// `length` bytes of a file from `offset`, between `prefix` and `suffix` (small). Streamed with a buffer of at most 256 KiB.
     FileRange {
@@ -44,6 +47,11 @@ pub enum Body {
         prefix: Bytes,
         suffix: Bytes,
     },
+}
+
+/// In place of a store that cannot be opened: every call fails with `Settings` and says `why`.
+pub fn unopened(url: String, why: String) -> std::sync::Arc<dyn ObjectStore> {
+    std::sync::Arc::new(unopened::Unopened { url, why })
 }
 
 /// What a store says about an object.
@@ -217,6 +225,15 @@ pub enum StorageError {
     #[error("{url}: the bytes to store as {key} changed while they were sent: {why}")]
     SourceDamaged { url: String, key: String, why: String },
     #[error("{url}: {why}")]
+    Refused {
+        url: String,
+        why: String,
+        #[source]
+        source: Option<BoxError>,
+    },
+    #[error("{url} has forgotten the upload of {key}")]
+    UploadGone { url: String, key: String },
+    #[error("{url}: {why}")]
     Settings { url: String, why: String },
 }
 
@@ -234,9 +251,12 @@ impl StorageError {
             }
             // The login page of a network, say, which goes away with the login.
             Self::NotAStore { .. } => NextStep::Retry,
+            // A redirect while a bucket moves, a key that is disabled for an hour: wrong settings show in the same way.
+            Self::Refused { .. } => NextStep::Retry,
             Self::NotFound { .. } | Self::Damaged { .. } => NextStep::Retry,
             Self::Full { .. } => NextStep::Wait,
-            Self::SourceDamaged { .. } => NextStep::FetchAgain,
+            // The parts are gone with it, and nobody else has them.
+            Self::SourceDamaged { .. } | Self::UploadGone { .. } => NextStep::FetchAgain,
             Self::TooLarge { .. } | Self::Settings { .. } => NextStep::Stop,
         }
     }
@@ -249,6 +269,8 @@ impl StorageError {
             Self::Denied { .. }
             | Self::NoBucket { .. }
             | Self::NotAStore { .. }
+            | Self::Refused { .. }
+            | Self::UploadGone { .. }
             | Self::NotFound { .. }
             | Self::Full { .. }
             | Self::Damaged { .. }
@@ -290,7 +312,10 @@ impl StorageError {
             Self::Damaged { .. } => "restore the object from another repository or a version of the bucket",
             Self::TooLarge { .. } => "it is not an object that Walden wrote; look at what else writes there",
             Self::SourceDamaged { .. } => "check the spool's disk; the bytes are taken again from the server",
-            Self::Settings { .. } => "correct the settings of the repository",
+            Self::UploadGone { .. } => {
+                "take it again; if it stays, look whether the store removes unfinished uploads too soon"
+            }
+            Self::Refused { .. } | Self::Settings { .. } => "correct the settings of the repository",
         }
     }
 }

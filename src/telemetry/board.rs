@@ -82,6 +82,10 @@ struct Facts {
     queue: Option<(u64, u64)>,
     spool_free_bytes: Option<u64>,
     gaps: Vec<GapFact>,
+    /// A repository was asked for those of before.
+    gaps_known: bool,
+    /// From where on it was not proven that what is archived is of the same history as what was held.
+    unproven_at: Option<Lsn>,
     diverged: Option<Lsn>,
     backup_running: bool,
     last_backup: Option<BackupFacts>,
@@ -114,6 +118,8 @@ impl Board {
             queue: None,
             spool_free_bytes: None,
             gaps: Vec::new(),
+            gaps_known: false,
+            unproven_at: None,
             diverged: None,
             backup_running: false,
             last_backup: None,
@@ -254,6 +260,12 @@ impl Board {
         self.facts().samples.note(server_time, flush, monotonic);
     }
 
+    /// As far as the server is known to have flushed; what was received was flushed before.
+    pub fn server_end(&self) -> Option<Lsn> {
+        let received = self.received();
+        self.facts().samples.flush().max(received)
+    }
+
     /// Another server is asked from now on: what the one before said of its position and its clock says nothing about this one.
     pub fn forget_server(&self) {
         let mut facts = self.facts();
@@ -285,8 +297,12 @@ impl Board {
 
     /// Every commit that the server acknowledged before this time is in every required repository.
     pub fn complete_until(&self) -> Option<PgTime> {
-        let archived = self.archived()?;
-        self.facts().samples.complete_until(archived)
+        self.complete_until_at(self.archived()?)
+    }
+
+    /// The same for whoever holds everything before `position`.
+    pub fn complete_until_at(&self, position: Lsn) -> Option<PgTime> {
+        self.facts().samples.complete_until(position)
     }
 
     // facts
@@ -306,7 +322,52 @@ impl Board {
 
     /// All gaps known. Whether they raise a cause is the caller's decision.
     pub fn set_gaps(&self, gaps: Vec<GapFact>) {
-        self.facts().gaps = gaps;
+        let mut facts = self.facts();
+        facts.gaps = gaps;
+        facts.gaps_known = true;
+    }
+
+    /// A repository has told what gaps there are from before: what was added is all.
+    pub fn set_gaps_known(&self) {
+        self.facts().gaps_known = true;
+    }
+
+    /// Clears `gap`, and `slot_lost` with it, if every gap known is past.
+    pub fn settle_gaps(&self, is_past: impl Fn(&GapFact) -> bool) {
+        let now = self.shared.clock.wall();
+        let mut facts = self.facts();
+        if facts.causes.contains_key(&CauseCode::Gap) && facts.gaps.iter().all(is_past) {
+            facts.clear(CauseCode::Gap, now);
+            facts.clear(CauseCode::SlotLost, now);
+        }
+    }
+
+    /// WAL that follows what was held has come, and the slot keeps it: a slot that was lost before has cost nothing, unless there is
+    /// a gap.
+    pub fn settle_slot(&self) {
+        let now = self.shared.clock.wall();
+        let mut facts = self.facts();
+        if !facts.causes.contains_key(&CauseCode::Gap) {
+            facts.clear(CauseCode::SlotLost, now);
+        }
+    }
+
+    /// Raises `continuity_unproven` for what follows `at`.
+    pub fn raise_unproven(&self, at: Lsn, message: impl Into<String>) {
+        let now = self.shared.clock.wall();
+        let mut facts = self.facts();
+        facts.unproven_at = facts.unproven_at.max(Some(at));
+        facts.raise(CauseCode::ContinuityUnproven, message.into(), now, true);
+    }
+
+    /// Clears it if nothing from before that position is needed any more.
+    pub fn settle_unproven(&self, is_past: impl Fn(Lsn) -> bool) {
+        let now = self.shared.clock.wall();
+        let mut facts = self.facts();
+        if facts.unproven_at.is_some_and(is_past) {
+            facts.unproven_at = None;
+            facts.clear(CauseCode::ContinuityUnproven, now);
+        }
     }
 
     /// Adds a gap that was just found. False if it is known already.
@@ -424,6 +485,7 @@ impl Board {
             distance: progress::measure(&facts.samples, &held, monotonic),
             diverged: facts.diverged,
             gaps: facts.gaps.clone(),
+            gaps_known: facts.gaps_known,
             slot_name: self.shared.slot.clone(),
             slot: facts.slot.clone(),
             queue: facts.queue,

@@ -114,7 +114,7 @@ impl Snapshot {
             "Time in which commits that wait for Walden returned without the repositories' word",
             [(Vec::new(), self.unguarded.as_secs())],
         )?;
-        page.gauge("wal_gaps", "Ranges of WAL known to be lost", Some(self.gaps.len() as f64))?; // a small count
+        page.gauge("wal_gaps", "Ranges of WAL known to be lost", self.gaps_known.then_some(self.gaps.len() as f64))?; // a small count
         page.gauge(
             "queue_segments",
             "Sealed segments that wait for an upload",

@@ -34,6 +34,7 @@ impl RepositoryState {
         RepositorySnapshot {
             name: self.fixed.name.clone(),
             url: self.fixed.url.clone(),
+            required: self.fixed.required,
             archived: self.archived.get(),
             covered: self.covered.get().map(|micros| PgTime::from_pg_micros(micros.get().cast_signed())),
             last_error,

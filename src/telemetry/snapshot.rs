@@ -26,6 +26,8 @@ pub struct Snapshot {
     pub distance: Distance,
     pub diverged: Option<Lsn>,
     pub gaps: Vec<GapFact>,
+    /// Before a repository was asked, there may be more.
+    pub gaps_known: bool,
     pub slot_name: String,
     pub slot: SlotFacts,
     /// Segments and bytes that wait for an upload.
@@ -46,6 +48,7 @@ pub struct Snapshot {
 pub struct RepositorySnapshot {
     pub name: String,
     pub url: String,
+    pub required: bool,
     pub archived: Option<Lsn>,
     /// What the repository tells its readers; `complete_until` is never shown beyond it.
     pub covered: Option<PgTime>,

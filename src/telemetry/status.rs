@@ -101,9 +101,10 @@ impl StatusJson {
 }
 
 impl Snapshot {
-    /// Never later than what the repositories tell their readers.
+    /// Never later than what the required repositories tell their readers.
     pub(super) fn shown_complete_until(&self) -> Option<PgTime> {
-        let told = self.repositories.iter().filter_map(|repository| repository.covered).min();
+        let required = self.repositories.iter().filter(|repository| repository.required);
+        let told = required.filter_map(|repository| repository.covered).min();
         self.distance.complete_until.map(|until| told.map_or(until, |told| told.min(until)))
     }
 

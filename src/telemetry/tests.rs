@@ -340,6 +340,42 @@ fn the_status_document_has_every_field_and_reads_back() {
     assert_eq!(serde_json::from_str::<StatusJson>(&text).expect("reads back"), status);
 }
 
+/// Only a backup behind every gap ends the alarm: one that was found while the backup ran stands on.
+#[test]
+fn a_gaps_alarm_ends_once_every_gap_is_past() {
+    let (board, _) = board_with(AlertSettings::default(), &[true]);
+    let sample = |board: &Board| board.snapshot().metrics_text().contains("walden_wal_gaps{");
+    assert!(!sample(&board), "no repository has told yet");
+    board.set_gaps_known();
+    assert!(sample(&board));
+    let find = |from: u64, to: u64| {
+        let (from_lsn, to_lsn) = (Lsn::new(from), Lsn::new(to));
+        board.add_gap(GapFact { timeline: TimelineId::FIRST, from_lsn, to_lsn, since: at(5), reason: "lost".into() });
+        board.raise(CauseCode::Gap, "lost");
+    };
+    board.raise(CauseCode::SlotLost, "invalidated");
+    find(10, 20);
+    board.settle_slot();
+    assert!(board.is_raised(CauseCode::SlotLost), "it has cost WAL");
+    find(30, 40);
+    board.settle_gaps(|gap| gap.to_lsn <= Lsn::new(25));
+    assert!(board.is_raised(CauseCode::Gap) && board.is_raised(CauseCode::SlotLost));
+    board.settle_gaps(|gap| gap.to_lsn <= Lsn::new(40));
+    assert!(!board.is_raised(CauseCode::Gap) && !board.is_raised(CauseCode::SlotLost));
+    board.raise(CauseCode::SlotLost, "invalidated");
+    board.settle_gaps(|_| true);
+    assert!(board.is_raised(CauseCode::SlotLost), "what it has cost is not known yet");
+    board.settle_slot();
+    assert!(!board.is_raised(CauseCode::SlotLost));
+
+    board.raise_unproven(Lsn::new(50), "not compared");
+    board.raise_unproven(Lsn::new(40), "not compared");
+    board.settle_unproven(|at| at <= Lsn::new(45));
+    assert!(board.is_raised(CauseCode::ContinuityUnproven));
+    board.settle_unproven(|at| at <= Lsn::new(50));
+    assert!(!board.is_raised(CauseCode::ContinuityUnproven));
+}
+
 fn backup() -> BackupFacts {
     BackupFacts {
         id: "20261120T020000Z-full".into(),
@@ -370,6 +406,7 @@ fn every_metric_is_on_the_page_under_its_name() {
     board.backup_succeeded(backup());
     board.backup_failed("no space");
     board.set_window_start(Some(at(0)));
+    board.set_gaps_known();
     let store = &board.repositories()[0];
     store.segment_archived();
     store.observe_upload(Duration::from_millis(30));

@@ -29,7 +29,7 @@ async fn directories_are_0700_and_files_0600() {
     let content = noise(1000, 1);
     let file = file_of(&content);
     put(&store, "a/b/c", &content).await.unwrap();
-    let body = Body::SealedFile { path: file.path().to_owned(), length: 1000 };
+    let body = Body::SealedFile { path: file.path().to_owned(), length: 1000, goes: true };
     store.put_new("a/d", &body, crc32fast::hash(&content)).await.unwrap();
     store.compare_and_swap("a/lease.json", Bytes::from_static(b"{}"), None).await.unwrap();
     let upload = store.begin_multipart("a/parts").await.unwrap();
@@ -48,8 +48,18 @@ async fn a_sealed_file_is_linked_once_and_copied_for_a_second_repository() {
     let sealed = folder.path().join("sealed");
     std::fs::write(&sealed, &content).unwrap();
     std::fs::set_permissions(&sealed, PermissionsExt::from_mode(0o600)).unwrap();
-    let body = Body::SealedFile { path: sealed.clone(), length: 500_000 };
+    let body = Body::SealedFile { path: sealed.clone(), length: 500_000, goes: true };
     let inode = |path: &Path| std::fs::metadata(path).unwrap().ino();
+    // A file that stays is not shared, whoever asks first: damage to it would be damage to the archive.
+    let stays = Body::SealedFile { path: sealed.clone(), length: 500_000, goes: false };
+    let apart = open_local(folder.path().join("apart"));
+    assert_eq!(apart.put_new("wal/a", &stays, crc32fast::hash(&content)).await.unwrap(), PutOutcome::Created);
+    let copy = folder.path().join("apart/wal/a");
+    assert_ne!(inode(&copy), inode(&sealed));
+    assert!(std::fs::read(&copy).unwrap() == content);
+    let wrong = apart.put_new("wal/b", &stays, 7).await.unwrap_err();
+    assert!(matches!(wrong, StorageError::SourceDamaged { .. }), "{wrong:?}");
+    assert!(apart.list("wal/b", None).await.unwrap().is_empty());
     for name in ["one", "two"] {
         let store = open_local(folder.path().join(name));
         assert_eq!(store.put_new("wal/a", &body, crc32fast::hash(&content)).await.unwrap(), PutOutcome::Created);

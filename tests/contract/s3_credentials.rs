@@ -14,12 +14,12 @@ use crate::support::s3_double::{S3Server, Stopped};
 #[tokio::test]
 #[ignore = "run by the tests below in a process of its own"]
 async fn child_writes_by_its_environment() {
-    let Ok(endpoint) = std::env::var("CONTRACT_ENDPOINT") else { return };
+    let Ok(bucket) = std::env::var("CONTRACT_BUCKET") else { return };
     let settings = S3Settings {
-        endpoint: Some(endpoint),
+        endpoint: std::env::var("CONTRACT_ENDPOINT").ok(),
         path_style: true,
         profile: std::env::var("CONTRACT_PROFILE").ok(),
-        ..S3Settings::new(std::env::var("CONTRACT_BUCKET").unwrap())
+        ..S3Settings::new(bucket)
     };
     let store = open_s3(settings).await.unwrap();
     if let Ok(ready) = std::env::var("CONTRACT_DENIED_FIRST") {
@@ -33,7 +33,8 @@ async fn child_writes_by_its_environment() {
         }
         return;
     }
-    assert_eq!(put(&store, "a", &noise(1000, 1)).await.unwrap(), PutOutcome::Created);
+    let key = std::env::var("CONTRACT_KEY").unwrap_or_else(|_| "a".to_owned());
+    assert_eq!(put(&store, &key, &noise(1000, 1)).await.unwrap(), PutOutcome::Created);
 }
 
 struct Case {
@@ -56,12 +57,17 @@ impl Case {
 
     /// Runs the child with nothing but these variables; its output if it failed.
     async fn child(&self, environment: &[(String, String)]) -> Result<(), String> {
+        let endpoint = ("CONTRACT_ENDPOINT".to_owned(), self.server.endpoint.clone());
+        self.child_without_endpoint(&[&[endpoint], environment].concat()).await
+    }
+
+    /// The same, with no endpoint among the settings.
+    async fn child_without_endpoint(&self, environment: &[(String, String)]) -> Result<(), String> {
         let output = tokio::process::Command::new(std::env::current_exe().unwrap())
             .args(["--ignored", "--exact", "contract::s3_credentials::child_writes_by_its_environment", "--nocapture"])
             .env_clear()
             .env("HOME", self.folder.path())
             .env("AWS_REGION", "us-east-1")
-            .env("CONTRACT_ENDPOINT", &self.server.endpoint)
             .env("CONTRACT_BUCKET", &self.server.bucket)
             .envs(environment.iter().cloned())
             .stdin(Stdio::null())
@@ -168,6 +174,29 @@ async fn a_profile_that_was_corrected_counts_without_a_restart() {
     };
     let (outcome, ()) = tokio::join!(case.child(&environment), correct);
     outcome.unwrap();
+}
+
+/// What names an endpoint for S3 alone was dropped, and the requests went to AWS.
+#[tokio::test]
+async fn the_endpoint_comes_from_the_environment_or_the_profile() {
+    let case = Case::new().await;
+    let keys = case.server.environment();
+    let nowhere = "http://127.0.0.1:9";
+    let here = case.server.endpoint.as_str();
+    let profile = format!("[default]\nservices = local\n[services local]\ns3 =\n  endpoint_url = {here}\n");
+    let profile = case.file("config", &profile);
+    for (number, named) in [
+        variables([("AWS_ENDPOINT_URL", here)]),
+        variables([("AWS_ENDPOINT_URL_S3", here)]),
+        variables([("AWS_ENDPOINT_URL_S3", here), ("AWS_ENDPOINT_URL", nowhere)]),
+        variables([("AWS_CONFIG_FILE", profile.as_str())]),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let key = ("CONTRACT_KEY".to_owned(), format!("a{number}"));
+        case.child_without_endpoint(&[&keys[..], &named, &[key]].concat()).await.unwrap();
+    }
 }
 
 #[tokio::test]

@@ -52,7 +52,7 @@ async fn a_put_carries_checksum_length_and_condition_and_is_never_chunked() {
         prefix: Bytes::from_static(b"head"),
         suffix: Bytes::new(),
     };
-    let sealed = Body::SealedFile { path: file.path().to_owned(), length: 1_000_000 };
+    let sealed = Body::SealedFile { path: file.path().to_owned(), length: 1_000_000, goes: true };
     for (key, body, bytes) in [
         ("wire/range", range, &stored[..]),
         ("wire/sealed", sealed, &content[..]),
@@ -120,7 +120,7 @@ async fn errors_have_their_kind_and_say_what_to_do() {
         StorageError::Throttled { .. } => "throttled",
         StorageError::Unavailable { .. } => "unavailable",
         StorageError::NotAStore { .. } => "no store",
-        StorageError::Settings { .. } => "settings",
+        StorageError::Refused { .. } => "refused",
         StorageError::Full { .. } => "full",
         _ => "other",
     };
@@ -135,7 +135,9 @@ async fn errors_have_their_kind_and_say_what_to_do() {
         (HttpFault::Status(429, "TooManyRequests"), "throttled"),
         (HttpFault::Status(500, "InternalError"), "unavailable"),
         (HttpFault::Status(507, "XMinioStorageFull"), "full"),
-        (HttpFault::Headers(301, "x-amz-bucket-region: eu-west-3\r\nlocation: http://192.0.2.1/\r\n"), "settings"),
+        (HttpFault::Headers(301, "x-amz-bucket-region: eu-west-3\r\nlocation: http://192.0.2.1/\r\n"), "refused"),
+        (HttpFault::Headers(307, "location: http://192.0.2.1/\r\n"), "refused"),
+        (HttpFault::Status(400, "KMS.DisabledException"), "refused"),
         // An upload is looked at by HEAD, whose answer has no page to show.
         (HttpFault::Body("<html>login</html>".to_owned()), "unavailable"),
     ] {
@@ -244,6 +246,18 @@ async fn an_answer_that_ends_early_or_is_changed_is_never_content() {
     assert!(read(&double.store, "a").await == bytes);
 }
 
+/// A byte now and then kept a read alive for ever.
+#[tokio::test]
+async fn an_answer_that_trickles_ends_in_time() {
+    let double = double_with(|settings| S3Settings { request_timeout: Duration::from_secs(2), ..settings }).await;
+    put(&double.store, "a", &noise(500, 3)).await.unwrap();
+    double.server.faults().always("GET", "/a", HttpFault::Trickle(Duration::from_millis(100)));
+    let started = Instant::now();
+    let streamed: Result<Vec<Bytes>, _> = double.store.get_stream("a").await.unwrap().try_collect().await;
+    assert!(matches!(streamed, Err(StorageError::Unavailable { .. })), "{streamed:?}");
+    assert!(started.elapsed() < Duration::from_secs(10), "{:?}", started.elapsed());
+}
+
 #[tokio::test]
 async fn a_listing_cut_short_is_an_error() {
     let double = double().await;
@@ -267,6 +281,15 @@ async fn a_listing_cut_short_is_an_error() {
         assert!(matches!(error, StorageError::Unavailable { .. }), "{error:?}");
         double.server.faults().clear();
     }
+    // Neither would two that take turns.
+    let token = |token: &str| {
+        listing(&format!("<IsTruncated>true</IsTruncated><NextContinuationToken>{token}</NextContinuationToken>"))
+    };
+    double.server.faults().always("GET", "continuation-token=one", token("two"));
+    double.server.faults().always("GET", "list-type=2", token("one"));
+    let listed = tokio::time::timeout(Duration::from_secs(20), double.store.list("", None)).await.expect("it ends");
+    assert!(matches!(listed, Err(StorageError::Unavailable { .. })), "{listed:?}");
+    double.server.faults().clear();
     double.server.faults().always("GET", "list-type=2", listing("<IsTruncated>false</IsTruncated>"));
     assert_eq!(double.store.list("", None).await.unwrap().len(), 1);
     // Below another prefix the same answer is nonsense.
@@ -300,6 +323,21 @@ async fn a_completion_that_answers_200_with_an_error_is_a_failure() {
     // The parts are still there.
     assert_eq!(upload.complete(1000, crc32).await.unwrap(), PutOutcome::Created);
     assert!(read(&double.store, "a").await == bytes);
+}
+
+#[tokio::test]
+async fn an_upload_that_the_store_forgot_is_told_as_such() {
+    let double = double().await;
+    double.store.probe("check/").await.unwrap();
+    let bytes = noise(1000, 4);
+    let crc32 = crc32fast::hash(&bytes);
+    let upload = double.store.begin_multipart("a").await.unwrap();
+    upload.put_part(1, bytes.clone(), crc32).await.unwrap();
+    double.server.faults().always("", "uploadId", HttpFault::Status(404, "NoSuchUpload"));
+    let part = upload.put_part(2, bytes.clone(), crc32).await;
+    assert!(matches!(part, Err(StorageError::UploadGone { .. })), "{part:?}");
+    let whole = upload.complete(1000, crc32).await;
+    assert!(matches!(whole, Err(StorageError::UploadGone { .. })), "{whole:?}");
 }
 
 #[tokio::test]
@@ -430,7 +468,7 @@ async fn over_tls_an_own_authority_is_trusted_and_bodies_are_not_hashed_twice() 
     let trusting = open_s3(S3Settings { ca_file: Some(ca_file), ..settings.clone() }).await.unwrap();
     let content = noise(600_000, 1);
     let file = file_of(&content);
-    let sealed = Body::SealedFile { path: file.path().to_owned(), length: 600_000 };
+    let sealed = Body::SealedFile { path: file.path().to_owned(), length: 600_000, goes: true };
     assert_eq!(trusting.put_new("a", &sealed, crc32fast::hash(&content)).await.unwrap(), PutOutcome::Created);
     assert_eq!(put(&trusting, "b", &content).await.unwrap(), PutOutcome::Created);
     assert!(read(&trusting, "a").await == content);
@@ -448,6 +486,32 @@ async fn over_tls_an_own_authority_is_trusted_and_bodies_are_not_hashed_twice() 
     assert!(matches!(error, StorageError::Unavailable { .. }), "{error:?}");
     assert!(format!("{error:?}").contains("UnknownIssuer"), "{error:?}");
     assert_eq!(double.server.faults().requests().len(), 0, "nothing is sent to a store that cannot prove its name");
+}
+
+/// The authority that signs for the store is exchanged under a running agent: the file counts again without a restart (H3 of the
+/// failure table).
+#[tokio::test]
+async fn an_authority_that_was_exchanged_counts_without_a_restart() {
+    let double = double().await;
+    let upstream = double.server.endpoint.trim_start_matches("http://").to_owned();
+    let front = TlsFront::start(upstream.clone()).await;
+    let ca_file = double.server.key_folder().join("ca.pem");
+    std::fs::write(&ca_file, &front.authority).unwrap();
+    let endpoint = front.endpoint.clone();
+    let settings = S3Settings { endpoint: Some(endpoint.clone()), ..double.server.settings() };
+    let store = open_s3(S3Settings { ca_file: Some(ca_file.clone()), ..settings }).await.unwrap();
+    put(&store, "a", &noise(100, 1)).await.unwrap();
+
+    drop(front);
+    let front = TlsFront::start_again(&endpoint, upstream).await;
+    std::fs::write(&ca_file, &front.authority).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while let Err(error) = store.head("a").await {
+        assert!(matches!(error, StorageError::Unavailable { .. }), "{error:?}");
+        assert!(Instant::now() < deadline, "the new authority was never looked at: {error:?}");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    put(&store, "b", &noise(100, 1)).await.unwrap();
 }
 
 #[tokio::test]

@@ -48,7 +48,7 @@ pub async fn an_object_is_created_once_and_stays(store: Store) {
     assert_eq!(put(&store, "once/a", &first).await.unwrap(), PutOutcome::Exists);
     assert_eq!(put(&store, "once/a", &second).await.unwrap(), PutOutcome::Exists);
     let file = file_of(&second);
-    let body = Body::SealedFile { path: file.path().to_owned(), length: second.len() as u64 };
+    let body = Body::SealedFile { path: file.path().to_owned(), length: second.len() as u64, goes: true };
     assert_eq!(store.put_new("once/a", &body, crc32fast::hash(&second)).await.unwrap(), PutOutcome::Exists);
     assert_eq!(read(&store, "once/a").await, first);
 }
@@ -65,7 +65,8 @@ pub async fn of_racing_writers_one_wins_and_its_bytes_stay(store: Store) {
                     put(&store, &key, &bytes).await
                 } else {
                     let file = file_of(&bytes);
-                    let body = Body::SealedFile { path: file.path().to_owned(), length: bytes.len() as u64 };
+                    let body =
+                        Body::SealedFile { path: file.path().to_owned(), length: bytes.len() as u64, goes: true };
                     store.put_new(&key, &body, crc32fast::hash(&bytes)).await
                 };
                 (outcome.unwrap(), bytes)
@@ -91,10 +92,10 @@ pub async fn bytes_with_another_checksum_are_refused_and_leave_nothing(store: St
     let (length, prefix, suffix) = (bytes.len() as u64, Bytes::from_static(b"p"), Bytes::new());
     let bodies = [
         Body::Bytes(bytes.clone()),
-        Body::SealedFile { path: path.clone(), length },
+        Body::SealedFile { path: path.clone(), length, goes: true },
         Body::FileRange { path: path.clone(), offset: 0, length, prefix: prefix.clone(), suffix: suffix.clone() },
         // Longer than the file, and not there.
-        Body::SealedFile { path: path.clone(), length: length + 1 },
+        Body::SealedFile { path: path.clone(), length: length + 1, goes: true },
         Body::FileRange { path: path.clone(), offset: 1, length, prefix: prefix.clone(), suffix: suffix.clone() },
         Body::FileRange { path: "/nonexistent".into(), offset: 0, length: 1, prefix, suffix },
     ];
@@ -144,7 +145,7 @@ pub async fn empty_objects_are_objects(store: Store) {
     let path = file.path().to_owned();
     let bodies = [
         Body::Bytes(Bytes::new()),
-        Body::SealedFile { path: path.clone(), length: 0 },
+        Body::SealedFile { path: path.clone(), length: 0, goes: true },
         Body::FileRange { path, offset: 0, length: 0, prefix: Bytes::new(), suffix: Bytes::new() },
     ];
     for (number, body) in bodies.into_iter().enumerate() {
@@ -182,7 +183,7 @@ pub async fn files_are_stored_with_what_goes_around_them(store: Store) {
         assert_eq!(store.put_new(&key, &body, crc32fast::hash(&expected)).await.unwrap(), PutOutcome::Created);
         assert!(read(&store, &key).await == expected, "{number}");
     }
-    let body = Body::SealedFile { path: file.path().to_owned(), length: 1_000_000 };
+    let body = Body::SealedFile { path: file.path().to_owned(), length: 1_000_000, goes: true };
     assert_eq!(store.put_new("range/sealed", &body, crc32fast::hash(&content)).await.unwrap(), PutOutcome::Created);
     // The file may go as soon as its object is there.
     drop(file);

@@ -33,6 +33,22 @@ fn wal_fetch_answers_one_only_when_absence_is_proven() {
     };
     assert_eq!(fetch(&["wal-fetch", names[0], &out]).0, Some(0));
     assert_eq!(fs::metadata(&out).expect("delivered").len(), 1 << 20);
+    let delivered = fs::read(&out).expect("delivered");
+    // Several at once, for one path: each delivers, and none gives the name to what another one has half written (I13).
+    let runs: Vec<_> =
+        (0..16).map(|_| walden.command(&["wal-fetch", names[0], &out]).spawn().expect("it starts")).collect();
+    for mut run in runs {
+        assert_eq!(run.wait().expect("it ends").code(), Some(0));
+        assert!(fs::read(&out).expect("it is there") == delivered);
+    }
+    assert_eq!(
+        fs::read_dir(stage.path())
+            .expect("the stage")
+            .flatten()
+            .filter(|e| e.file_name().to_string_lossy().contains("walden-tmp"))
+            .count(),
+        0
+    );
     fs::remove_file(&out).expect("remove it");
     // Beyond the last stored byte, and the history file that no timeline has.
     assert_eq!(fetch(&["wal-fetch", "0000000100000000000000FF", &out]).0, Some(1));
@@ -58,6 +74,9 @@ fn wal_fetch_answers_one_only_when_absence_is_proven() {
         let (code, said) = fetch(&arguments);
         assert_eq!(code, Some(255), "{arguments:?}: {said}");
         assert!(!said.trim().is_empty(), "{arguments:?} says nothing");
+        let done = walden.exec(&[vec!["--json"], arguments.clone()].concat());
+        let document: serde_json::Value = serde_json::from_str(&done.stdout).unwrap_or_default();
+        assert!(done.code == Some(255) && document["error"]["code"] == 255, "{arguments:?}: {done:?}");
     }
     let program = |arguments: &[&str], environment: &[(&str, &str)]| {
         let mut command = stage.command(walden.binary());

@@ -80,8 +80,8 @@ fn uploads_resume_after_a_restart() {
     );
 }
 
-/// Another object under the name of a segment that is about to be stored: it stays as it is, the cause `conflict` is
-/// raised, and the spool keeps its copy (I2, B1 of the failure table).
+/// Other bytes under the name of a segment that is about to be stored, an object or not: they stay as they are, the cause `conflict` is
+/// raised, and the spool keeps its copy, so that archiving goes on once they are gone (I2, I21; B1 of the failure table).
 #[test]
 fn other_bytes_under_a_name_are_never_overwritten() {
     let stage = Stage::new("conflict");
@@ -95,17 +95,30 @@ fn other_bytes_under_a_name_are_never_overwritten() {
     let (_, newest) = stored.last_key_value().expect("something is stored");
     let next = postgres.value("SELECT pg_walfile_name(pg_current_wal_insert_lsn())");
     let planted = newest.parent().expect("a folder").join(format!("{next}.lz4"));
-    // A whole object, of another segment: readable, and wrong.
-    fs::copy(newest, &planted).expect("planted");
-    stage.give(&planted);
-    let before = fs::read(&planted).expect("it is there");
-
-    let mut agent = walden.run();
     postgres.psql("SELECT pg_logical_emit_message(true, 'test', 'more')");
     postgres.switch_wal();
-    let status = agent.wait_status(MINUTE, "the cause conflict", |status| has_cause(status, "conflict"));
-    assert_eq!(status["healthy"], false);
-    assert_eq!(fs::read(&planted).expect("it is there"), before, "the stored object was changed");
-    let kept = files_below(&walden.spool()).into_iter().any(|path| path.to_string_lossy().contains(&next));
-    assert!(kept, "the spool let go of {next}");
+    let object = fs::read(newest).expect("an object");
+    let garbage: Vec<u8> = (0..100_000u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    // A whole object, of another segment: readable, and wrong. Then what is no object at all.
+    for before in [&object[..], &garbage, b"", &object[..object.len() / 2]] {
+        fs::write(&planted, before).expect("planted");
+        stage.give(&planted);
+        let mut agent = walden.run();
+        let status = agent.wait_status(MINUTE, "the cause conflict", |status| has_cause(status, "conflict"));
+        assert_eq!(status["healthy"], false);
+        assert!(!has_cause(&status, "spool_failing"), "{status}");
+        // It said that it streamed, and went on to take backups whose WAL could not come.
+        agent.wait_status(MINUTE, "that nothing streams any more", |status| has_cause(status, "not_connected"));
+        assert_eq!(agent.metric("walden_connected"), Some(0.0));
+        assert_eq!(fs::read(&planted).expect("it is there"), before, "the stored object was changed");
+        let kept = files_below(&walden.spool()).into_iter().any(|path| path.to_string_lossy().contains(&next));
+        assert!(kept, "the spool let go of {next}");
+        agent.sigterm(MINUTE);
+    }
+    // What the hint says: move it away and restart.
+    fs::remove_file(&planted).expect("moved away");
+    let mut agent = walden.run_connected();
+    archive_all(&postgres, &mut agent);
+    agent.wait_status(MINUTE, "healthy", |status| status["healthy"] == true);
+    compare_stored(&folder, &postgres.oracle).assert_whole(2);
 }

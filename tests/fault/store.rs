@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use walden::wal::Lsn;
 
@@ -76,7 +76,7 @@ fn a_store_that_is_down_holds_nothing_up_and_drains_by_itself() {
 #[test]
 fn a_full_spool_leaves_the_wal_on_the_server() {
     let stage = Stage::new("full");
-    let postgres = Postgres::builder(15).wal_segsize(1).start(&stage);
+    let mut postgres = Postgres::builder(15).wal_segsize(1).start(&stage);
     let config = fs::read_to_string(Walden::local(&stage, &postgres, "").config_path()).expect("a configuration");
     let config = config.replace("free_bytes_min = 0", "free_bytes_min = 0\nbytes_max = \"4MiB\"");
     let walden = Walden::with_config(&stage, &config);
@@ -90,23 +90,33 @@ fn a_full_spool_leaves_the_wal_on_the_server() {
     assert!(spooled <= 6 << 20, "{spooled} bytes in a spool of 4 MiB");
     let slot = postgres.slot_restart_lsn("walden").expect("the slot holds the WAL");
     assert!(slot < postgres.flush_lsn());
-    // It can be stopped, says that WAL stays behind, and starts, full as it is.
+    // The server can be stopped, although nobody listens to it.
+    let begun = Instant::now();
+    postgres.stop_fast();
+    assert!(begun.elapsed() < Duration::from_secs(25), "{:?}", begun.elapsed());
+    postgres.start();
+    agent.wait_status(MINUTE, "a connection again", |status| !has_cause(status, "not_connected"));
+    assert!(postgres.slot_restart_lsn("walden").expect("the slot holds the WAL") < postgres.flush_lsn());
+    // The agent can be stopped, says that WAL stays behind and where, and starts, full as it is.
     assert!(agent.sigterm(Duration::from_secs(30)).success(), "{}", agent.log_tail());
+    assert!(agent.log().contains("lies on the server only"), "{}", agent.log_tail());
     assert!(agent.log().contains("lies in the spool"), "{}", agent.log_tail());
     let mut agent = walden.run();
     agent.wait_status(MINUTE, "the cause spool_full again", |status| has_cause(status, "spool_full"));
     open(&walden);
     wait_until(MINUTE, "the slot to move on", || postgres.slot_restart_lsn("walden").is_some_and(|now| now > slot));
     archive_all(&postgres, &mut agent);
+    agent.wait_status(MINUTE, "healthy again", |status| status["healthy"] == true);
     let folder = cluster_folder(&walden.repository(), "main", &postgres);
     compare_stored(&folder, &postgres.oracle).assert_whole(20);
 }
 
-/// With `durability = "repository"` nothing is confirmed while the store is down, and the keepalives go on (I1, I11).
+/// With `durability = "repository"` nothing is confirmed while the store is down, and the keepalives go on (I1, I11). The server can
+/// be shut down all the same: it hung until the store was back.
 #[test]
 fn a_store_that_is_down_holds_the_slot_where_that_is_asked_for() {
     let stage = Stage::new("durability");
-    let postgres = Postgres::builder(17).wal_segsize(1).setting("wal_sender_timeout", "3s").start(&stage);
+    let mut postgres = Postgres::builder(17).wal_segsize(1).setting("wal_sender_timeout", "3s").start(&stage);
     let more =
         "[archive]\ndurability = \"repository\"\ntail_interval = \"200ms\"\n[upload]\nretry_delay_max = \"1s\"\n";
     let walden = Walden::local(&stage, &postgres, more);
@@ -119,13 +129,21 @@ fn a_store_that_is_down_holds_the_slot_where_that_is_asked_for() {
     let status = agent.wait_status(MINUTE, "the cause store_failing", |status| has_cause(status, "store_failing"));
     let archived: Lsn = status["archived_lsn"].as_str().expect("known").parse().expect("an LSN");
     assert!(archived < end, "{status}");
-    let begun = std::time::Instant::now();
+    let begun = Instant::now();
     wait_until(MINUTE, "twice the server's patience", || {
         let slot = postgres.slot_restart_lsn("walden").expect("it holds WAL");
         assert!(slot <= archived, "the slot is at {slot}, the repository ends at {archived}");
         begun.elapsed() > Duration::from_secs(6)
     });
     assert!(!postgres.log().contains("replication timeout"), "{}", postgres.log_tail());
+    // The server can be stopped: it would wait until all its WAL is confirmed, and that is not told. Its slot keeps it.
+    let begun = Instant::now();
+    postgres.stop_fast();
+    assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
+    postgres.start();
+    agent.wait_status(MINUTE, "a connection again", |status| !has_cause(status, "not_connected"));
+    let slot = postgres.slot_restart_lsn("walden").expect("it holds WAL");
+    assert!(slot <= archived, "the slot is at {slot}, the repository ends at {archived}");
     open(&walden);
     wait_until(MINUTE, "the slot to follow", || {
         postgres.slot_restart_lsn("walden").is_some_and(|slot| slot > archived)

@@ -656,7 +656,7 @@ fn no_secret_appears_where_things_fail() {
         format!("host=127.0.0.1 password=ge {canary}=x port=1"),
         format!("postgresql://careful:{canary}/x@127.0.0.1:1/postgres"),
         format!("postgresql://careful:12/{canary}@127.0.0.1:1/postgres"),
-        format!("postgresql://careful:12?{canary}@127.0.0.1:1/postgres"),
+        format!("postgresql://careful:12/a?{canary}@127.0.0.1:1/postgres"),
         format!("host=127.0.0.1 passwort={canary}"),
         canary.to_owned(),
     ] {

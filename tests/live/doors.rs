@@ -179,6 +179,19 @@ fn settings_are_found_where_libpq_finds_them() {
             Ok("TLS"),
         ),
         ("URL, JDBC", format!("{url}?ssl=true"), vec![], Ok("TLS")),
+        ("URL, ? in the password", format!("postgres://postgres:p?w@127.0.0.1:{port}/postgres"), vec![], Ok("TLS")),
+        (
+            "URL, @ in an option",
+            format!("postgres://127.0.0.1:{port}/postgres?user=postgres&application_name=walden@dc1"),
+            vec![],
+            Ok("TLS"),
+        ),
+        (
+            "URL, @ in a path",
+            format!("postgres://127.0.0.1:{port}/postgres?user=postgres&passfile=/x@y"),
+            vec![],
+            Ok("TLS"),
+        ),
         ("URL, odd option", format!("{url}?sslmood=require"), vec![], Err("sslmood")),
         ("URL, percent", format!("postgres://postgres@127%2e0.0.1:{port}/postgres"), vec![], Ok("TLS")),
         (
@@ -263,6 +276,21 @@ fn settings_are_found_where_libpq_finds_them() {
     ];
     for (name, settings, environment, expected) in cases {
         assert_outcome(name, doors.agreed(name, &settings, &environment), expected);
+    }
+    // An empty value keeps the variable out. pg_receivewal drops it.
+    let variables =
+        [("PGPASSWORD", PASSWORD), ("PGHOST", "127.0.0.1"), ("PGSSLMODE", "disable"), ("PGAPPNAME", "another")];
+    for (name, settings, expected) in [
+        ("password", doors.settings("user=clear"), Ok("no TLS")),
+        ("no password", doors.settings("user=clear password=''"), Err("none was given")),
+        ("no host", format!("host='' port={port} user=postgres dbname=postgres"), Err("cannot connect|.s.PGSQL.")),
+        ("no sslmode", doors.settings("sslmode=''"), Err("sslmode")),
+        ("no name", doors.settings("application_name='' sslmode=require"), Ok("TLS")),
+    ] {
+        let (replication, sql) = doors.walden(&settings, &variables);
+        let psql = doors.psql(&settings, &variables);
+        assert!(psql.is_ok() == replication.is_ok() && psql.is_ok() == sql.is_ok(), "{name}: {psql:?} {replication:?}");
+        assert_outcome(name, replication, expected);
     }
     // psql reads no DATABASE_URL.
     let (replication, sql) = doors.walden("", &[("DATABASE_URL", &url)]);

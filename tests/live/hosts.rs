@@ -130,8 +130,13 @@ fn a_failover_to_another_host_leaves_no_gap() {
         let mut agent = walden.run_connected();
         let end = standby.switch_wal();
         if !kept {
-            let status = agent.wait_status(MINUTE, "the gap to be told", |status| has_cause(status, "gap"));
-            assert_eq!(status["gaps"].as_array().map(Vec::len), Some(1), "{status}");
+            // On each of the two timelines that it lies on.
+            let status = agent.wait_status(MINUTE, "the gap to be told", |status| {
+                has_cause(status, "gap") && status["gaps"].as_array().is_some_and(|gaps| gaps.len() > 1)
+            });
+            let timelines: Vec<_> =
+                status["gaps"].as_array().expect("a list").iter().map(|gap| &gap["timeline"]).collect();
+            assert_eq!(timelines, [1, 2], "{status}");
             continue;
         }
         agent.wait_archived(end, MINUTE);
@@ -259,6 +264,26 @@ fn stream_from_a_standby(major: u32) {
     wait_healthy_without_gap(&mut agent, 2);
     let folder = cluster_folder(&walden.repository(), "main", &primary);
     compare_stored(&folder, &primary.oracle).assert_whole(3);
+}
+
+/// A standby that has no WAL receiver, since it replays an archive, is a source like any other: its position is what it has replayed. It
+/// was no position, and the agent unhealthy for as long.
+#[test]
+fn a_standby_that_replays_an_archive_is_a_healthy_source() {
+    let stage = Stage::new("replays");
+    let (primary, mut standby) = pair(&stage, 17);
+    standby.stop_fast();
+    standby.overrides.retain(|setting| !setting.starts_with("primary_conninfo"));
+    standby.overrides.push(format!("restore_command=cp {}/%f %p", primary.oracle.display()));
+    standby.start();
+    let mut agent = archiving(&stage, &[&standby], "standby").run();
+    let mut ledger = Ledger::create(&primary);
+    ledger.commit_many(3);
+    archive_all(&primary, &mut agent);
+    wait_healthy_without_gap(&mut agent, 1);
+    let status = agent.wait_status(MINUTE, "the standby's position", |status| status["server_lsn"].is_string());
+    assert_eq!(standby.value("SELECT pg_last_wal_receive_lsn() IS NULL"), "t", "{status}");
+    assert!(agent.sigterm(MINUTE).success(), "{}", agent.log_tail());
 }
 
 /// What a database holds, in one number.

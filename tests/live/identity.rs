@@ -7,7 +7,7 @@ use std::time::Duration;
 use walden::wal::{Lsn, SegmentName, TimelineId};
 
 use super::restore::restore;
-use super::streaming::{archive_all, majors, turns};
+use super::streaming::{archive_all, few, majors, turns};
 use crate::support::ledger::assert_rows;
 use crate::support::oracle::{cluster_folder, compare_stored, files_below, stored_segments};
 use crate::support::{Agent, Ledger, Postgres, Stage, Walden, has_cause, is_full, wait_until};
@@ -180,7 +180,7 @@ fn make_the_cluster_anew(before: u32, after: u32) {
 }
 
 /// Where the server's WAL differs first from what the first server's own `archive_command` copied.
-fn first_difference(server: &Postgres, oracle: &Path, timeline: TimelineId) -> Lsn {
+pub fn first_difference(server: &Postgres, oracle: &Path, timeline: TimelineId) -> Lsn {
     let size = server.segment_size();
     let mut names: Vec<String> = fs::read_dir(oracle)
         .expect("the oracle")
@@ -253,6 +253,64 @@ fn a_rolled_back_copy_is_found_at_its_first_differing_byte() {
         agent.sigterm(MINUTE);
         assert_eq!(before, content(&walden.repository()), "the repository was changed");
     }
+}
+
+/// What is held ends so early in a segment that the copy has the same bytes there: a page header and a record without a time. The
+/// segment before it, which the spool has let go, tells the two histories apart. Such a copy was followed (I7).
+#[test]
+fn a_rolled_back_copy_is_found_behind_a_switch() {
+    // `pg_log_standby_snapshot` is there from 16 on.
+    few(&[17]).into_iter().filter(|major| *major >= 16).for_each(follow_no_copy_behind_a_switch);
+}
+
+fn follow_no_copy_behind_a_switch(major: u32) {
+    let stage = Stage::new("seam");
+    let mut postgres = Postgres::builder(major)
+        .wal_segsize(1)
+        .setting("wal_keep_size", "64MB")
+        .setting("autovacuum", "off")
+        .start(&stage);
+    let walden = Walden::local(&stage, &postgres, "[upload]\nretry_delay_max = \"1s\"\n");
+    let mut agent = walden.run_connected();
+    // So that no reader of the catalogs makes a record of its own.
+    postgres.psql("VACUUM (FREEZE)");
+    archive_all(&postgres, &mut agent);
+    postgres.stop_fast();
+    let (copy, data) = (stage.join("copy"), postgres.data.clone());
+    assert!(stage.command("cp").arg("-a").arg(&data).arg(&copy).status().expect("cp runs").success());
+    postgres.start();
+    // The end of it, and the bytes of its segment up to there.
+    let write = |postgres: &Postgres, word: &str| {
+        let sql = postgres.connect().expect("a session");
+        sql.run(&format!("SELECT pg_logical_emit_message(true, 'same', repeat('{word}', 60000))"));
+        sql.run("SELECT pg_switch_wal()");
+        let end: Lsn = sql.value("SELECT pg_log_standby_snapshot()").parse().expect("an LSN");
+        wait_until(MINUTE, "the record to be flushed", || postgres.flush_lsn() >= end);
+        let size = postgres.segment_size();
+        let segment = SegmentName::holding(TimelineId::FIRST, end, size);
+        let bytes = fs::read(data.join("pg_wal").join(segment.to_string())).expect("a segment");
+        let bytes = bytes[..usize::try_from(size.offset_of(end)).expect("a segment")].to_vec();
+        (segment, end, bytes)
+    };
+    let ours = write(&postgres, "one ");
+    agent.wait_archived(ours.1, MINUTE);
+    assert!(agent.sigterm(MINUTE).success(), "{}", agent.log_tail());
+    let sealed = ours.0.previous().expect("one before").to_string();
+    wait_until(MINUTE, "the server to archive its segment", || postgres.oracle.join(&sealed).exists());
+    postgres.stop_fast();
+    fs::remove_dir_all(&data).expect("removed");
+    fs::rename(&copy, &data).expect("put in its place");
+    postgres.overrides.push("archive_mode=off".into());
+    postgres.start();
+    assert_eq!(write(&postgres, "two "), ours, "the two are the same behind the switch");
+    postgres.psql("CREATE TABLE another AS SELECT n, md5(n::text) FROM generate_series(1, 50000) n");
+    let before = content(&walden.repository());
+
+    let mut agent = walden.run();
+    let at = wait_diverged(&mut agent);
+    assert_eq!(at, first_difference(&postgres, &postgres.oracle, TimelineId::FIRST));
+    agent.sigterm(MINUTE);
+    assert_eq!(before, content(&walden.repository()), "the repository was changed");
 }
 
 /// Two servers promoted to the same timeline from one backup. The second one, with an agent of its own and nothing in its spool, is

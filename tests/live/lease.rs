@@ -5,8 +5,11 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 
+use super::stores::{local_table, runtime, s3_table};
 use super::streaming::{archive_all, few, majors};
 use crate::support::oracle::{cluster_folder, compare_stored, files_below};
+use crate::support::s3_double::S3Server;
+use crate::support::s3_proxy::HttpFault;
 use crate::support::{Postgres, Stage, Walden, has_cause, parts, wait_until};
 
 const MINUTE: Duration = Duration::from_secs(60);
@@ -139,4 +142,83 @@ fn share_a_slot(major: u32) {
     archive_all(&postgres, &mut waiting);
     let begun = cluster_folder(&stage.join("archive-second"), "main", &postgres);
     compare_stored(&begun, &postgres.oracle).assert_whole(1);
+}
+
+/// Two repositories and two agents, each with one lease: the one that came first could not reach the first repository then. Both waited
+/// for each other for ever. The second repository's lease follows the first one's: one agent has both, and archives (I20, I21).
+#[test]
+fn of_two_agents_with_one_lease_each_one_gets_both() {
+    let stage = Stage::new("twoleases");
+    let runtime = runtime();
+    let folder = stage.make_dir("s3");
+    // Two doors into one store, so that one agent's can be shut.
+    let door = || runtime.block_on(S3Server::start_s3s(&folder));
+    let (door, other_door) = (door(), door());
+    let postgres = Postgres::builder(17).wal_segsize(1).start(&stage);
+    let more = format!(
+        "[backup]\ninitial = false\n[upload]\nretry_delay_max = \"1s\"\n[archive]\nstop_timeout = \"1s\"\n{}{}",
+        s3_table("a", &door),
+        local_table("b", &stage.join("archive"))
+    );
+    let with_keys =
+        |walden: Walden| door.environment().iter().fold(walden, |walden, (name, value)| walden.env(name, value));
+    let first = with_keys(Walden::with_repository(&stage, &postgres, &more));
+    let mut agent = first.run_connected();
+    archive_all(&postgres, &mut agent);
+    assert!(agent.sigterm(MINUTE).success(), "{}", agent.log_tail());
+    door.faults().always("", "", HttpFault::Status(503, "SlowDown"));
+    let mut agent = first.run();
+    wait_until(MINUTE, "the lease of the repository that answers", || holder(&first, &postgres).1 == 30);
+
+    let config = fs::read_to_string(second(&first, "second").config_path()).expect("the configuration");
+    let other = with_keys(Walden::with_config(&stage, &config.replace(&door.endpoint, &other_door.endpoint)));
+    let mut waiting = other.run();
+    waiting.wait_status(MINUTE, "the second agent to have the other one's", |status| {
+        has_cause(status, "lease_held") && causes_say(status, "repository b")
+    });
+    door.faults().clear();
+    waiting.wait_status(MINUTE, "the second agent to archive", |status| {
+        !has_cause(status, "lease_held") && !has_cause(status, "not_connected")
+    });
+    agent.wait_status(MINUTE, "the first agent to stand by", |status| has_cause(status, "lease_held"));
+    assert_eq!(holder(&first, &postgres), (agent_id(&first, "spool-second"), 30));
+    archive_all(&postgres, &mut waiting);
+    let here = cluster_folder(&stage.join("archive"), "main", &postgres);
+    let there = cluster_folder(&folder.join(&door.bucket).join("deep/down"), "main", &postgres);
+    for repository in [&here, &there] {
+        compare_stored(repository, &postgres.oracle).assert_whole(2);
+    }
+}
+
+fn causes_say(status: &serde_json::Value, text: &str) -> bool {
+    status["causes"].to_string().contains(text)
+}
+
+/// A cloned machine has a copy of the spool, and so the same agent id. The two took the lease from each other every few seconds. The one
+/// that begins later has it, as after a restart, and the other one stands by.
+#[test]
+fn a_copied_spool_is_another_agent() {
+    let stage = Stage::new("twins");
+    let postgres = Postgres::builder(17).wal_segsize(1).start(&stage);
+    let first = Walden::local(&stage, &postgres, "");
+    let mut agent = first.run_connected();
+    archive_all(&postgres, &mut agent);
+    assert!(agent.sigterm(MINUTE).success(), "{}", agent.log_tail());
+    let copied = stage.command("cp").arg("-a").arg(first.spool()).arg(stage.join("spool-twin")).status();
+    assert!(copied.expect("cp runs").success());
+    let mut agent = first.run_connected();
+    let mut twin = second(&first, "twin").run_connected();
+    assert_eq!(agent_id(&first, "spool"), agent_id(&first, "spool-twin"));
+    agent.wait_status(MINUTE, "the first one to stand by", |status| {
+        has_cause(status, "lease_held") && has_cause(status, "not_connected")
+    });
+    let begun = Instant::now();
+    twin.wait_status(MINUTE, "twelve seconds in peace", |status| {
+        assert!(!has_cause(status, "lease_lost") && !has_cause(status, "lease_held"), "{status}");
+        begun.elapsed() > Duration::from_secs(12)
+    });
+    archive_all(&postgres, &mut twin);
+    assert_eq!(agent.log().matches("this agent holds the lease").count(), 1, "{}", agent.log());
+    let folder = cluster_folder(&first.repository(), "main", &postgres);
+    compare_stored(&folder, &postgres.oracle).assert_whole(2);
 }

@@ -32,6 +32,15 @@ fn damaged_pages_are_named_and_mark_the_backup() {
         assert_eq!(finished.code, Some(1), "{major}: {}", finished.stderr);
         assert!(finished.stderr.contains(&file) && finished.stderr.contains("block 3"), "{major}: {}", finished.stderr);
 
+        if major == 17 {
+            // One document tells of the backup and of what is to be done.
+            let finished = walden.exec(&["--json", "backup"]);
+            let document: serde_json::Value = serde_json::from_str(&finished.stdout).expect("one JSON document");
+            assert!(finished.code == Some(1) && document["id"].is_string(), "{finished:?}");
+            let error = &document["error"];
+            assert!(error["code"] == 1 && error["message"].to_string().contains(&file), "{document}");
+        }
+
         let listed = walden.json(&["list"]);
         let backup = &listed["backups"][0];
         let told = backup["checksum_failures"].to_string();

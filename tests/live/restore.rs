@@ -4,10 +4,11 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use serde_json::Value;
-use walden::wal::Lsn;
+use walden::wal::{Lsn, SegmentName, TimelineId};
 
 use super::streaming::{archive_all, majors};
-use crate::support::ledger::{self, Entry};
+use crate::support::ledger::{self, Entry, assert_rows};
+use crate::support::oracle::{cluster_folder, stored_segments};
 use crate::support::{Agent, Ledger, Postgres, Stage, Walden, eventually};
 
 const MINUTE: Duration = Duration::from_secs(60);
@@ -294,6 +295,15 @@ fn tablespaces_go_where_the_map_says() {
         // Where the old place is not empty, restoring over it is refused.
         let busy = stage.join("not-made").to_string_lossy().into_owned();
         assert_eq!(walden.exec(&["restore", "--pgdata", &busy]).code, Some(4));
+        // It is the running original's, so that `--force` for a directory of its own does not take it away either.
+        let in_the_way = stage.make_dir("in-the-way").to_string_lossy().into_owned();
+        stage.write("in-the-way/file", "mine");
+        let refused = walden.exec(&["restore", "--pgdata", &in_the_way, "--force"]);
+        assert_eq!(refused.code, Some(4), "{}", refused.stderr);
+        assert!(refused.stderr.contains("--tablespace-map"), "{}", refused.stderr);
+        assert!(stage.join("in-the-way/file").exists(), "it was renamed");
+        let told = walden.ok(&["restore", "--dry-run", "--pgdata", &busy, "--tablespace-map", &map]);
+        assert!(told.contains(&format!("tablespace: {}, at {}", new.display(), old.display())), "{told}");
         let restored = restore(&walden, major, "restored", &["--tablespace-map", &map]);
         assert_eq!(restored.value("SELECT count(*) FROM placed"), "1500");
         assert_eq!(
@@ -302,4 +312,53 @@ fn tablespaces_go_where_the_map_says() {
         );
         assert_eq!(postgres.value("SELECT count(*) FROM placed"), "1500");
     }
+}
+
+/// The first repository lacks the newest WAL, as one does that was away for a while: the latest state comes from the second, and it is
+/// told. What was planned is what `restore_command` asks, so `recovery-conf` names the repository.
+#[test]
+fn the_latest_state_comes_from_the_repository_that_has_it() {
+    let stage = Stage::new("behind");
+    let postgres = Postgres::builder(17).wal_segsize(1).start(&stage);
+    let table = |name: &str| {
+        let path = stage.join(name);
+        format!("[[repository]]\nname = \"{name}\"\ntype = \"local\"\npath = \"{}\"\n", path.display())
+    };
+    let more = format!("{}{}[backup]\ninitial = false\n", table("near"), table("far"));
+    let walden = Walden::with_repository(&stage, &postgres, &more);
+    let mut agent = walden.run_connected();
+    let mut ledger = Ledger::create(&postgres);
+    ledger.commit_many(3);
+    walden.ok(&["backup"]);
+    ledger.commit();
+    archive_all(&postgres, &mut agent);
+    let newest = ledger.commit();
+    let end = archive_all(&postgres, &mut agent);
+    assert!(agent.sigterm(MINUTE).success(), "{}", agent.log_tail());
+    let last = SegmentName::holding(TimelineId::FIRST, Lsn::new(end.get() - 1), postgres.segment_size()).to_string();
+    let near = cluster_folder(&stage.join("near"), "main", &postgres);
+    std::fs::remove_dir_all(near.join("tail")).ok();
+    let gone: Vec<_> = stored_segments(&near).range(last..).map(|(_, path)| path.clone()).collect();
+    assert!(!gone.is_empty());
+    gone.iter().for_each(|path| std::fs::remove_file(path).expect("it is there"));
+
+    let planned = walden.exec(&["recovery-conf"]);
+    assert_eq!(planned.code, Some(0), "{}", planned.stderr);
+    assert!(planned.stderr.contains("repository near ends at"), "{}", planned.stderr);
+    let system = postgres.system_identifier();
+    assert!(planned.stdout.contains("--repository ''far'' wal-fetch"), "{}", planned.stdout);
+    assert!(planned.stdout.contains(&format!("--system-identifier {system} %f")), "{}", planned.stdout);
+    // Both have it.
+    let earlier = &ledger.entries()[3].time;
+    let both = walden.json(&["restore", "--dry-run", "--pgdata", "/never", "--target-time", earlier]);
+    assert_eq!(both["repository"], "near");
+    let restored = restore(&walden, 17, "restored", &[]);
+    assert_rows(&restored, ledger.entries());
+    assert_eq!(ledger.last(), &newest);
+    drop(restored);
+    // The one that has it cannot be read: that is told.
+    std::fs::rename(stage.join("far"), stage.join("away")).expect("away");
+    let planned = walden.exec(&["restore", "--dry-run", "--pgdata", "/never"]);
+    assert_eq!(planned.code, Some(0), "{}", planned.stderr);
+    assert!(planned.stderr.contains("repository far is passed over"), "{}", planned.stderr);
 }

@@ -84,3 +84,27 @@ fn the_second_of_two_agents_on_one_slot_says_who_has_it_and_leaves_the_first_alo
     archive_all(&postgres, &mut waiting);
     assert!(waiting.sigterm(MINUTE).success(), "{}", waiting.log_tail());
 }
+
+/// Before PostgreSQL 15 only the start of the stream tells that the slot is missing or logical. The agent says so under the cause for it, and
+/// a backup does not wait for a stream that cannot begin; it waited for half a minute.
+#[test]
+fn an_older_server_without_a_slot_that_can_be_used_is_told() {
+    let stage = Stage::new("older");
+    let postgres = Postgres::builder(13).wal_segsize(1).setting("wal_level", "logical").start(&stage);
+    let walden = Walden::local(&stage, &postgres, "").env("WALDEN_POSTGRES__CREATE_SLOT", "false");
+    for (made, told) in [
+        ("SELECT 1", "the replication slot \"walden\" does not exist"),
+        ("SELECT pg_create_logical_replication_slot('walden', 'pgoutput')", "is not a physical one"),
+    ] {
+        postgres.psql(made);
+        let mut agent = walden.run();
+        let status = agent.wait_status(Duration::from_secs(30), told, |status| has_cause(status, "slot_missing"));
+        assert!(status["causes"].to_string().contains(&told.replace('"', "\\\"")), "{status}");
+        assert!(agent.sigterm(MINUTE).success(), "{}", agent.log_tail());
+        let begun = Instant::now();
+        let backup = walden.exec(&["backup"]);
+        let took = begun.elapsed();
+        assert!(backup.code == Some(1) && backup.stderr.contains(told), "{}", backup.stderr);
+        assert!(took < Duration::from_secs(20), "somebody waited for {took:?}");
+    }
+}

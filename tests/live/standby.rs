@@ -87,6 +87,7 @@ fn promote_in_a_backup(major: u32) {
     standby.wait_promoted(MINUTE);
     let ended = backup.wait(2 * MINUTE);
     assert_eq!(ended.code(), Some(1), "{}", backup.log_tail());
-    assert!(backup.log().contains("promoted"), "{}", backup.log_tail());
+    assert!(backup.log().contains("promoted during online backup"), "{}", backup.log_tail());
+    assert!(!backup.log().contains("wal_level"), "{}", backup.log_tail());
     assert_eq!(walden.json(&["list"])["backups"].as_array().map(Vec::len), Some(0));
 }

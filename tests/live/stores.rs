@@ -8,7 +8,7 @@ use std::time::Duration;
 use rustix::process::Signal;
 
 use super::streaming::archive_all;
-use crate::support::oracle::{cluster_folder, compare_stored, stored_segments};
+use crate::support::oracle::{cluster_folder, compare_stored, files_below, stored_segments};
 use crate::support::s3_double::S3Server;
 use crate::support::s3_proxy::HttpFault;
 use crate::support::{Postgres, Recorder, Stage, Walden, has_cause, parts, wait_until};
@@ -27,7 +27,7 @@ pub fn s3_table(name: &str, server: &S3Server) -> String {
     )
 }
 
-fn local_table(name: &str, path: &Path) -> String {
+pub fn local_table(name: &str, path: &Path) -> String {
     format!("[[repository]]\nname = \"{name}\"\ntype = \"local\"\npath = \"{}\"\n", path.display())
 }
 
@@ -87,6 +87,60 @@ fn of_two_repositories_one_may_fail_for_a_while() {
         stored_segments(folder).into_iter().map(|(name, path)| (name, fs::read(path).expect("an object"))).collect()
     };
     assert!(content(&here) == content(&there), "the two repositories hold different objects");
+    assert!(agent.sigterm(MINUTE).success(), "{}", agent.log_tail());
+}
+
+/// A load balancer sends every request elsewhere for some seconds, and one answer is changed on its way: archiving stopped until a
+/// restart (I13, I21; C3 and C4 of the failure table). Nothing is ever sent to where it points.
+#[test]
+fn a_store_that_redirects_for_a_while_stops_nothing() {
+    let stage = Stage::new("redirect");
+    let runtime = runtime();
+    let folder = stage.make_dir("s3");
+    let server = runtime.block_on(S3Server::start_s3s(&folder));
+    let elsewhere = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+    elsewhere.set_nonblocking(true).expect("a socket");
+    let address = elsewhere.local_addr().expect("a bound socket");
+    let location: &'static str = format!("location: http://{address}/\r\n").leak();
+    let postgres = Postgres::builder(17).wal_segsize(1).start(&stage);
+    let mut walden = Walden::with_repository(&stage, &postgres, &format!("{UPLOAD}{}", s3_table("there", &server)));
+    for (name, value) in server.environment() {
+        walden = walden.env(&name, &value);
+    }
+    let mut agent = walden.run_connected();
+    postgres.pgbench_init(1);
+    archive_all(&postgres, &mut agent);
+    for fault in [HttpFault::Headers(307, location), HttpFault::Status(400, "KMS.DisabledException")] {
+        server.faults().always("", "", fault);
+        postgres.psql("CREATE TABLE bulk AS SELECT n, md5(n::text) FROM generate_series(1, 20000) n");
+        postgres.switch_wal();
+        postgres.psql("SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE active");
+        agent.wait_status(MINUTE, "the cause store_failing", |status| {
+            has_cause(status, "store_failing") && status["queue"]["segments"].as_u64() > Some(1)
+        });
+        server.faults().clear();
+        postgres.psql("DROP TABLE bulk");
+        archive_all(&postgres, &mut agent);
+        agent.wait_status(MINUTE, "healthy again", |status| status["healthy"] == true);
+    }
+    assert!(elsewhere.accept().is_err(), "a request went where the redirect points");
+    // An object is stored and the answer lost; what is read of it for the comparison is changed once.
+    let next = postgres.value("SELECT pg_walfile_name(pg_current_wal_insert_lsn())");
+    server.faults().add("PUT", &format!("/{next}.lz4"), 1, 1, HttpFault::AnswerLost);
+    server.faults().add("GET", &format!("/{next}.lz4"), 1, 1, HttpFault::FlipFromEnd(100));
+    archive_all(&postgres, &mut agent);
+    server.faults().clear();
+    agent.wait_status(MINUTE, "healthy once more", |status| status["healthy"] == true);
+    // On a new host the overlap is read from the store, and is changed on its way a few times.
+    assert!(agent.sigterm(MINUTE).success(), "{}", agent.log_tail());
+    fs::remove_dir_all(walden.spool()).expect("the spool is there");
+    fs::remove_dir_all(walden.state()).expect("the state is there");
+    server.faults().add("GET", ".lz4", 1, 4, HttpFault::FlipFromEnd(100));
+    let mut agent = walden.run();
+    archive_all(&postgres, &mut agent);
+    agent.wait_status(MINUTE, "healthy on the new host", |status| status["healthy"] == true);
+    let there = cluster_folder(&folder.join(&server.bucket).join("deep/down"), "main", &postgres);
+    compare_stored(&there, &postgres.oracle).assert_whole(3);
     assert!(agent.sigterm(MINUTE).success(), "{}", agent.log_tail());
 }
 
@@ -215,4 +269,80 @@ fn a_disk_that_hangs_holds_no_keepalive_up() {
     archive_all(&postgres, &mut agent);
     let folder = cluster_folder(&walden.repository(), "main", &postgres);
     compare_stored(&folder, &postgres.oracle).assert_whole(1);
+}
+
+/// A repository that is not required is down: WAL is archived, figures move, base backups are taken, the spool makes room, the agent
+/// stops and starts. Back again, it has all but what the spool let go of, and tells that as a gap (I3, I21). It stopped all of that.
+#[test]
+fn a_repository_that_is_not_required_holds_nothing_up() {
+    let stage = Stage::new("optional");
+    let runtime = runtime();
+    let folder = stage.make_dir("s3");
+    let server = runtime.block_on(S3Server::start_s3s(&folder));
+    let postgres = Postgres::builder(17).wal_segsize(1).setting("autovacuum", "off").start(&stage);
+    let local = stage.join("archive");
+    // First in the file, so that nothing rests on its place.
+    let more = format!("{UPLOAD}{}required = false\n{}", s3_table("there", &server), local_table("here", &local));
+    let mut walden = Walden::with_repository(&stage, &postgres, &more).env("WALDEN_SPOOL__BYTES_MAX", "4MiB");
+    for (name, value) in server.environment() {
+        walden = walden.env(&name, &value);
+    }
+    let mut agent = walden.run_connected();
+    archive_all(&postgres, &mut agent);
+    agent.wait_status(MINUTE, "healthy", |status| status["healthy"] == true && status["queue"]["segments"] == 0);
+
+    server.faults().always("", "", HttpFault::Status(503, "SlowDown"));
+    postgres.psql("CREATE TABLE bulk AS SELECT n, md5(n::text) FROM generate_series(1, 200000) n");
+    let asked = postgres.value("SELECT to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS')");
+    archive_all(&postgres, &mut agent);
+    let status = agent.wait_status(MINUTE, "its failure, and figures that move", |status| {
+        has_cause(status, "store_failing") && status["complete_until"].as_str().is_some_and(|until| until > &*asked)
+    });
+    assert!(status["repositories"][0]["last_error"].is_string() && status["repositories"][1]["last_error"].is_null());
+    assert_eq!((&status["lag_bytes"], has_cause(&status, "spool_full")), (&0.into(), false), "{status}");
+    assert!(
+        agent.log().contains("is removed before repository there has it"),
+        "the spool did not have to make room: {}",
+        agent.log_tail()
+    );
+    walden.ok(&["backup"]);
+    let stopping = std::time::Instant::now();
+    assert!(agent.sigterm(MINUTE).success(), "{}", agent.log_tail());
+    assert!(stopping.elapsed() < Duration::from_secs(8), "it took {:?} to stop", stopping.elapsed());
+    let done = walden.exec(&["backup"]);
+    assert_eq!(done.code, Some(0), "alone: {}", done.stderr);
+    assert!(done.stderr.contains("without repository there"), "{}", done.stderr);
+    let mut agent = walden.run_connected();
+    archive_all(&postgres, &mut agent);
+
+    server.faults().clear();
+    let status = agent.wait_status(MINUTE, "all to be there, or a gap", |status| {
+        status["queue"]["segments"] == 0 && status["gaps"].as_array().is_some_and(|gaps| !gaps.is_empty())
+    });
+    assert!(has_cause(&status, "gap"), "{status}");
+    let end = archive_all(&postgres, &mut agent);
+    agent.wait_status(MINUTE, "it to keep up again", |status| {
+        let position = status["repositories"][0]["archived_lsn"].as_str().and_then(|lsn| lsn.parse().ok());
+        position.is_some_and(|position: walden::wal::Lsn| position >= end)
+    });
+    let here = cluster_folder(&local, "main", &postgres);
+    compare_stored(&here, &postgres.oracle).assert_whole(10);
+    assert!(files_below(&here.join("gaps")).is_empty(), "the required one has no gap");
+    let there = cluster_folder(&folder.join(&server.bucket).join("deep/down"), "main", &postgres);
+    let compared = compare_stored(&there, &postgres.oracle);
+    let spans: Vec<(u64, u64)> = files_below(&there.join("gaps"))
+        .iter()
+        .filter_map(|path| {
+            let name = path.file_name()?.to_str()?.strip_suffix(".json")?.to_owned();
+            let (from, to) = name.split_once('-')?;
+            Some((u64::from_str_radix(from, 16).ok()?, u64::from_str_radix(to, 16).ok()?))
+        })
+        .collect();
+    let told = |name: &String| {
+        let part = |at: usize| u64::from_str_radix(&name[at..at + 8], 16).expect("hexadecimal");
+        let start = (part(8) << 32) + (part(16) << 20);
+        spans.iter().any(|(from, to)| *from <= start && start + (1 << 20) <= *to)
+    };
+    assert!(!compared.missing.is_empty() && compared.missing.iter().all(told), "{:?} {spans:?}", compared.missing);
+    assert!(agent.sigterm(MINUTE).success(), "{}", agent.log_tail());
 }

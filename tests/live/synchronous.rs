@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use walden::wal::{Lsn, SegmentSize};
 
+use super::hosts::{archiving, pair};
 use super::restore::restore;
 use super::stores::{runtime, s3_table};
 use super::streaming::archive_all;
@@ -78,10 +79,15 @@ fn reach(cluster_folder: &Path, size: SegmentSize) -> Lsn {
 }
 
 fn wait_for_walden(postgres: &Postgres, agent: &mut Agent) {
-    postgres.psql("ALTER SYSTEM SET synchronous_standby_names = 'walden'");
+    wait_for_standby(postgres, agent, "walden");
+}
+
+fn wait_for_standby(postgres: &Postgres, agent: &mut Agent, name: &str) {
+    postgres.psql(&format!("ALTER SYSTEM SET synchronous_standby_names = '{name}'"));
     postgres.psql("SELECT pg_reload_conf()");
     wait_until(MINUTE, "the synchronous standby", || {
-        postgres.value("SELECT sync_state FROM pg_stat_replication WHERE application_name = 'walden'") == "sync"
+        postgres.value(&format!("SELECT sync_state FROM pg_stat_replication WHERE application_name = '{name}'"))
+            == "sync"
     });
     agent.wait_status(MINUTE, "healthy", |status| status["healthy"] == true);
 }
@@ -152,7 +158,7 @@ fn on_faulty_store(name: &str, sync: &str) -> Faulty {
     let postgres = Postgres::builder(17).wal_segsize(1).start(&stage);
     let more = format!(
         "[backup]\ninitial = false\n[upload]\nretry_delay_max = \"1s\"\nrequest_timeout = \"2s\"\n\
-         [archive]\ndurability = \"repository\"\n[sync]\n{sync}\n{}",
+         [archive]\ndurability = \"repository\"\nstop_timeout = \"4s\"\n[sync]\n{sync}\n{}",
         s3_table("there", &server)
     );
     let mut walden = Walden::with_repository(&stage, &postgres, &more);
@@ -192,18 +198,31 @@ fn with_wait_commits_wait_on_for_a_store_that_fails() {
         agent.wait_status(MINUTE, "healthy", |status| status["healthy"] == true);
     }
     assert_eq!(agent.metric("walden_sync_degraded_seconds_total"), Some(0.0));
+    // A stop waits for them once, and for no longer than it may.
+    faulty.server.faults().always("", "", HttpFault::Hang);
+    let returned = commit_aside(&faulty.postgres);
+    agent.wait_status(MINUTE, "the alarm", |status| has_cause(status, "sync_delayed"));
+    let asked = Instant::now();
+    assert!(agent.sigterm(MINUTE).success(), "{}", agent.log_tail());
+    let took = asked.elapsed();
+    assert!(took > Duration::from_secs(3) && took < Duration::from_secs(10), "{took:?}: {}", agent.log_tail());
+    faulty.server.faults().clear();
+    let _agent = faulty.walden.run_connected();
+    returned.recv_timeout(MINUTE).expect("it returns");
     faulty.postgres.stop_fast();
     drop(faulty.stage);
 }
 
 /// With `degrade` they return after `max_delay`, under an alarm, the time is counted, and the guarantee comes back by itself. An
-/// agent that starts while the store is away behaves alike.
+/// agent that starts while the store is away behaves alike. The name that the server waits for is the one that the agent logs in as,
+/// wherever it was given: with one in the environment nothing of this worked.
 #[test]
 fn with_degrade_commits_return_and_the_guarantee_comes_back() {
-    let faulty = on_faulty_store("syncdegrade", "on_delay = \"degrade\"\nmax_delay = \"2s\"");
+    let mut faulty = on_faulty_store("syncdegrade", "on_delay = \"degrade\"\nmax_delay = \"2s\"");
+    faulty.walden = faulty.walden.env("PGAPPNAME", "the_archive");
     let mut agent = faulty.walden.run_connected();
     faulty.postgres.psql("CREATE TABLE t (n int)");
-    wait_for_walden(&faulty.postgres, &mut agent);
+    wait_for_standby(&faulty.postgres, &mut agent, "the_archive");
     faulty.server.faults().always("", "", HttpFault::Status(503, "SlowDown"));
     let took = commit_aside(&faulty.postgres).recv_timeout(MINUTE).expect("it returns");
     assert!(took > Duration::from_secs(1), "{took:?}");
@@ -280,6 +299,30 @@ fn remote_apply_is_told() {
     });
     told(&mut agent, false);
     assert!(agent.sigterm(MINUTE).success(), "{}", agent.log_tail());
+}
+
+/// Beside a replica in a quorum nothing hangs, and nothing is told: the replica applies. While it is away the alarm is right.
+#[test]
+fn remote_apply_is_fine_beside_a_replica_that_applies() {
+    let stage = Stage::new("quorum");
+    let (primary, mut replica) = pair(&stage, 17);
+    let walden = archiving(&stage, &[&primary], "primary");
+    let mut agent = walden.run_connected();
+    primary.psql("CREATE TABLE t (n int)");
+    primary.psql("ALTER SYSTEM SET synchronous_commit = remote_apply");
+    primary.psql("ALTER SYSTEM SET synchronous_standby_names = 'ANY 1 (walreceiver, walden)'");
+    primary.psql("SELECT pg_reload_conf()");
+    wait_until(MINUTE, "the quorum", || {
+        primary.value("SELECT count(*) FROM pg_stat_replication WHERE sync_state = 'quorum'") == "2"
+    });
+    assert!(commit_aside(&primary).recv_timeout(MINUTE).is_ok(), "it returns");
+    let seen = Instant::now();
+    agent.wait_status(MINUTE, "several looks at the server, and no alarm", |status| {
+        assert!(!has_cause(status, "remote_apply"), "{status}");
+        seen.elapsed() > Duration::from_secs(5) && status["healthy"] == true
+    });
+    replica.stop_fast();
+    agent.wait_status(MINUTE, "the alarm", |status| has_cause(status, "remote_apply"));
 }
 
 /// Whole segments cannot be stored for a while, pieces can: commits go on over segment ends, and a host that is lost then loses none

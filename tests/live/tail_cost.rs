@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use crate::support::host::{Host, Store, Template};
+use crate::support::oracle::files_below;
 use crate::support::s3_double::S3Server;
+use crate::support::s3_proxy::HttpFault;
 use crate::support::{Stage, wait_until};
 
 const MINUTE: Duration = Duration::from_secs(60);
@@ -88,4 +90,50 @@ fn a_piece_of_the_tail_is_one_request() {
     assert!(count("PUT tail") >= 10 && count("PUT tail") <= 52, "{counted:?}");
     // An agent that has just begun looks once at what there is.
     assert!(count("HEAD tail") + count("HEAD wal") == 0 && count("GET tail") + count("GET list") < 10, "{counted:?}");
+}
+
+/// Without the right to delete, pieces stay beside their segments. A start looked at all of them, segment by segment, and tried to
+/// delete each, before anything went out.
+#[test]
+fn pieces_that_may_not_be_deleted_do_not_slow_a_start() {
+    let stage = Stage::new("nodelete");
+    let template = Template::make(&stage, 17, 1);
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
+    let store = Store::s3(&stage, "store", &runtime);
+    let more = "[archive]\ntail_interval = \"20ms\"\ndurability = \"repository\"\n[backup]\ninitial = false\n";
+    let host = Host::start(&stage, "host", &template, &store, &["autovacuum=off"], more);
+    let faults = store.server().faults();
+    let forbid = || faults.always("DELETE", "/tail/", HttpFault::Status(403, "AccessDenied"));
+    forbid();
+    let mut agent = host.walden.run_connected();
+    for n in 0..12 {
+        for part in 0..2 {
+            host.postgres.psql(&format!(
+                "INSERT INTO crowd SELECT {n}, {part} * 10000 + i, md5(i::text) FROM generate_series(1, 3000) i"
+            ));
+            let here = host.postgres.flush_lsn();
+            agent.wait_archived(here, MINUTE);
+        }
+        host.postgres.switch_wal();
+    }
+    let end = host.postgres.flush_lsn();
+    agent.wait_archived(end, MINUTE);
+    agent.wait_status(MINUTE, "an empty queue", |status| status["queue"]["segments"] == 0);
+    agent.kill9();
+    let pieces =
+        files_below(&stage.join("store")).iter().filter(|path| path.to_string_lossy().contains("/tail/")).count();
+    assert!(pieces >= 20, "{pieces} pieces");
+
+    faults.forget_requests();
+    let mut agent = host.walden.run_connected();
+    host.postgres.psql("INSERT INTO crowd VALUES (99, 1, 'more')");
+    let end = host.postgres.flush_lsn();
+    agent.wait_archived(end, MINUTE);
+    let counted = requests(store.server());
+    eprintln!("a start with {pieces} pieces that stay: {counted:?}");
+    let count = |kind: &str| counted.get(kind).copied().unwrap_or(0);
+    // The pieces of one segment are tried, then none.
+    assert!(count("DELETE tail") <= 8 && count("GET list") < 20, "{counted:?}");
+    assert!(count("HEAD wal") < 12, "{counted:?}");
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use walden::wal::{Lsn, SegmentName, TimelineId};
 
-use super::identity::content;
+use super::identity::{content, first_difference};
 use super::restore::restore;
 use super::streaming::{archive_all, few, majors, turns, turns_on};
 use crate::support::ledger::{Entry, assert_rows};
@@ -132,7 +132,7 @@ fn refuse_a_rolled_back_copy(major: u32) {
 
 /// Restarts a server as a standby without a primary, and promotes it: it goes on on a timeline of its own.
 #[track_caller]
-fn promote_in_place(postgres: &mut Postgres) {
+pub fn promote_in_place(postgres: &mut Postgres) {
     postgres.stop_fast();
     fs::write(postgres.data.join("standby.signal"), "").expect("standby.signal");
     postgres.stage().give(&postgres.data.join("standby.signal"));
@@ -141,6 +141,58 @@ fn promote_in_place(postgres: &mut Postgres) {
     postgres.start();
     postgres.psql("SELECT pg_promote()");
     postgres.wait_promoted(MINUTE);
+}
+
+/// A copy from before, which went on by itself on the old timeline, is promoted just where a segment ends: the new timeline's first
+/// segment has nothing of the old one, and was followed without any comparison. The segment before it tells (I7, I10).
+#[test]
+fn a_copy_that_is_promoted_where_a_segment_ends_is_refused() {
+    few(&[18]).into_iter().for_each(promote_at_a_boundary);
+}
+
+fn promote_at_a_boundary(major: u32) {
+    let stage = Stage::new("boundary");
+    let mut postgres = Postgres::builder(major).wal_segsize(1).setting("wal_keep_size", "64MB").start(&stage);
+    let walden = Walden::local(&stage, &postgres, "[upload]\nretry_delay_max = \"1s\"\n");
+    let mut agent = walden.run_connected();
+    archive_all(&postgres, &mut agent);
+    postgres.stop_fast();
+    let (copy, data) = (stage.join("copy"), postgres.data.clone());
+    assert!(stage.command("cp").arg("-a").arg(&data).arg(&copy).status().expect("cp runs").success());
+    postgres.start();
+    let write = |postgres: &Postgres, word: &str| {
+        postgres.psql(&format!("SELECT pg_logical_emit_message(true, 'same', repeat('{word}', 60000))"));
+    };
+    write(&postgres, "one ");
+    archive_all(&postgres, &mut agent);
+    assert!(agent.sigterm(MINUTE).success(), "{}", agent.log_tail());
+    postgres.stop_fast();
+    fs::remove_dir_all(&data).expect("removed");
+    fs::rename(&copy, &data).expect("put in its place");
+    postgres.overrides.push("archive_mode=off".into());
+    postgres.start();
+    write(&postgres, "two ");
+    postgres.switch_wal();
+    // Without a checkpoint, so that the WAL ends there.
+    postgres.stop_immediate();
+    fs::write(data.join("standby.signal"), "").expect("standby.signal");
+    stage.give(&data.join("standby.signal"));
+    postgres.overrides.push("recovery_target_timeline=current".into());
+    postgres.start();
+    postgres.psql("SELECT pg_promote()");
+    postgres.wait_promoted(MINUTE);
+    let history = fs::read_to_string(data.join("pg_wal/00000002.history")).expect("a history");
+    let switch: Lsn = history.split_whitespace().nth(1).and_then(|lsn| lsn.parse().ok()).expect("the switch");
+    assert!(postgres.segment_size().is_boundary(switch), "promoted at {switch}");
+    let before = content(&walden.repository());
+
+    let mut agent = walden.run();
+    let status =
+        agent.wait_status(Duration::from_secs(30), "the cause diverged", |status| has_cause(status, "diverged"));
+    let at = first_difference(&postgres, &postgres.oracle, TimelineId::FIRST).to_string();
+    assert_eq!(status["diverged"], at, "{status}");
+    agent.sigterm(MINUTE);
+    assert_eq!(before, content(&walden.repository()), "the repository was changed");
 }
 
 /// The repository was told which timeline is archived now: without `--timeline` a restore goes along that.

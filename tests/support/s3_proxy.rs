@@ -31,6 +31,8 @@ pub enum HttpFault {
     ResetAfter(usize),
     /// Passed on and done; the connection is closed instead of the answer.
     AnswerLost,
+    /// The head of the answer comes at once, and then a byte each time.
+    Trickle(Duration),
     /// The answer is cut after this many bytes, head included.
     ShortAnswer(usize),
     /// One byte of the answer's body is changed, the given number of bytes before its end.
@@ -206,6 +208,16 @@ async fn serve(mut client: TcpStream, upstream: &str, faults: &Faults, gates: &G
             server.read_to_end(&mut reply).await?;
             match fault {
                 HttpFault::AnswerLost => return Ok(()),
+                HttpFault::Trickle(pause) => {
+                    let end = reply.windows(4).position(|window| window == b"\r\n\r\n").map_or(0, |at| at + 4);
+                    let body = reply.split_off(end);
+                    client.write_all(&reply).await?;
+                    for byte in body {
+                        client.write_all(&[byte]).await?;
+                        tokio::time::sleep(pause).await;
+                    }
+                    reply.clear();
+                }
                 HttpFault::ShortAnswer(bytes) => reply.truncate(bytes),
                 HttpFault::FlipFromEnd(back) => {
                     if let Some(byte) = reply.len().checked_sub(back).and_then(|at| reply.get_mut(at)) {

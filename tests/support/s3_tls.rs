@@ -18,6 +18,22 @@ pub struct TlsFront {
 impl TlsFront {
     /// Passes what arrives on to `upstream` (`127.0.0.1:port`).
     pub async fn start(upstream: String) -> Self {
+        Self::on(TcpListener::bind("127.0.0.1:0").await.expect("a free port"), upstream)
+    }
+
+    /// Another one, with an authority of its own, where one that was dropped had its `endpoint`.
+    pub async fn start_again(endpoint: &str, upstream: String) -> Self {
+        let port = endpoint.rsplit(':').next().expect("a port");
+        loop {
+            // The task that was dropped ends in its own time.
+            match TcpListener::bind(format!("127.0.0.1:{port}")).await {
+                Ok(listener) => return Self::on(listener, upstream),
+                Err(_) => tokio::time::sleep(std::time::Duration::from_millis(20)).await,
+            }
+        }
+    }
+
+    fn on(listener: TcpListener, upstream: String) -> Self {
         let mut authority = rcgen::CertificateParams::new(Vec::new()).expect("parameters of an authority");
         authority.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
         let authority_key = rcgen::KeyPair::generate().expect("a key");
@@ -38,7 +54,6 @@ impl TlsFront {
             )
             .expect("a server's configuration");
         let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
-        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let endpoint = format!("https://localhost:{}", listener.local_addr().expect("a bound socket").port());
         let task = tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {

@@ -10,7 +10,8 @@ use crate::cli::output::size as size_text;
 use crate::config::Settings;
 use crate::daemon;
 use crate::postgres::{
-    ConnectSettings, PostgresError, ReplicationConnection, ReplicationPlaces, RoleInfo, Sql, shown_duration,
+    ConnectSettings, PostgresError, ReplicationConnection, ReplicationPlaces, RoleInfo, Sql, names_explicitly,
+    names_standby, shown_duration,
 };
 use crate::telemetry::{Clock, SystemClock};
 use crate::wal::SystemIdentifier;
@@ -19,6 +20,8 @@ use crate::wal::SystemIdentifier;
 const SENDER_TIMEOUT_MIN: Duration = Duration::from_secs(3);
 /// The stream and a base backup beside it.
 const SENDERS_NEEDED: u64 = 2;
+/// Without SQL the agent asks for the server's position over a replication connection, which it keeps.
+const SENDERS_NEEDED_WITHOUT_SQL: u64 = 3;
 
 /// What the other checks need to know of the server.
 #[derive(Debug, Default)]
@@ -135,13 +138,16 @@ async fn ask(
     let needed = if agent.is_running { SENDERS_NEEDED - 1 } else { SENDERS_NEEDED };
     // This connection is one of those counted, and is given back.
     let places = told.places.map(|places| ReplicationPlaces { senders: places.senders.saturating_sub(1), ..places });
-    report.checks.extend(places.map(|places| senders(places, needed)));
+    report.add(match places {
+        Some(places) => senders(places, needed),
+        None => senders_without_sql(&connection.show("max_wal_senders").await?),
+    });
     let state = Some(connection.read_slot(&settings.postgres.slot).await?);
     let system = seen.system;
     report.add(slot::judge(settings, &slot::Seen { state, info: told.slot, places: told.places, agent, system }));
     report.checks.extend(super::hosts::examine(settings, connect, connection.host_index(), &info).await);
     report.add(sender_timeout(&connection.show("wal_sender_timeout").await?, settings.postgres.status_interval));
-    report.checks.extend(synchronous(settings, &connection.show("synchronous_standby_names").await?));
+    report.checks.extend(synchronous(connect, &connection.show("synchronous_standby_names").await?));
     Ok(())
 }
 
@@ -220,6 +226,22 @@ fn senders(places: ReplicationPlaces, needed: u64) -> Check {
     )
 }
 
+/// How many are in use is not known then.
+fn senders_without_sql(shown: &str) -> Check {
+    const NAME: &str = "max_wal_senders";
+    let needed = SENDERS_NEEDED_WITHOUT_SQL;
+    match shown.parse::<u64>() {
+        Ok(most) if most < needed => Check::failed(
+            NAME,
+            format!(
+                "{most}; without SQL {needed} are needed: the stream, the question for the server's position, and a base backup"
+            ),
+            "raise max_wal_senders and restart the server, or let the role open ordinary connections",
+        ),
+        _ => Check::good(NAME, format!("{shown}; without SQL it is not known how many of them are in use")),
+    }
+}
+
 fn sender_timeout(shown: &str, status_interval: Duration) -> Check {
     const NAME: &str = "wal_sender_timeout";
     let Some(timeout) = shown_duration(shown) else { return Check::good(NAME, shown) };
@@ -236,9 +258,9 @@ fn sender_timeout(shown: &str, status_interval: Duration) -> Check {
 }
 
 /// `*` makes every receiver a synchronous standby, so that commits wait for this one's disk.
-fn synchronous(settings: &Settings, names: &str) -> Option<Check> {
-    let name = &settings.postgres.application_name;
-    (names.contains('*') && !names.contains(name.as_str())).then(|| {
+fn synchronous(connect: &ConnectSettings, names: &str) -> Option<Check> {
+    let name = connect.application_name();
+    (names_standby(names, name) && !names_explicitly(names, name)).then(|| {
         let message = format!("synchronous_standby_names is '{names}', so commits would wait for Walden as well");
         Check::remark("synchronous_standby_names", message, "name your standbys there instead of *")
     })
@@ -257,6 +279,15 @@ mod tests {
         assert_eq!(senders(places(9, 10), 2).verdict, Verdict::Failed);
         assert_eq!(senders(places(9, 10), 1).verdict, Verdict::Good);
         assert_eq!(senders(places(0, 0), 2).verdict, Verdict::Failed);
+    }
+
+    #[test]
+    fn without_sql_a_third_sender_is_needed() {
+        for (shown, verdict) in
+            [("10", Verdict::Good), ("3", Verdict::Good), ("2", Verdict::Failed), ("", Verdict::Good)]
+        {
+            assert_eq!(senders_without_sql(shown).verdict, verdict, "{shown}");
+        }
     }
 
     #[test]

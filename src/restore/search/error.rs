@@ -1,4 +1,4 @@
-use crate::wal::{Lsn, PageError};
+use crate::wal::{Lsn, PageError, PgTime};
 
 /// Why a search gave no cut.
 #[derive(Debug, thiserror::Error)]
@@ -19,6 +19,10 @@ pub enum SearchError<E: std::error::Error + 'static> {
     NothingHeld,
     #[error("the target lies before {from}, where the held WAL begins")]
     BeforeRange { from: Lsn },
+    #[error(
+        "a transaction that ended at {time}, after the target, lies before {from}, where the WAL of the first backup begins that could be used"
+    )]
+    BeforeTime { time: PgTime, from: Lsn },
     #[error("the target {lsn} lies beyond {end}, where the held WAL ends")]
     BeyondEnd { lsn: Lsn, end: Lsn },
     #[error("no commit or abort of transaction {xid} is held")]
@@ -39,6 +43,7 @@ impl<E: std::error::Error + 'static> SearchError<E> {
         match self {
             Self::NothingHeld
             | Self::BeforeRange { .. }
+            | Self::BeforeTime { .. }
             | Self::BeyondEnd { .. }
             | Self::XidNotFound { .. }
             | Self::NameNotFound { .. }
@@ -60,6 +65,7 @@ impl<E: std::error::Error + 'static> SearchError<E> {
             | Self::NotContiguous { .. }
             | Self::NothingHeld
             | Self::BeforeRange { .. }
+            | Self::BeforeTime { .. }
             | Self::BeyondEnd { .. }
             | Self::XidNotFound { .. }
             | Self::NameNotFound { .. }
@@ -77,6 +83,9 @@ impl<E: std::error::Error + 'static> SearchError<E> {
             Self::NotContiguous { .. } => "plan again: the archive has changed meanwhile",
             Self::NothingHeld | Self::BeforeRange { .. } | Self::BeyondEnd { .. } => {
                 "choose a target inside one of the windows that `walden list` shows"
+            }
+            Self::BeforeTime { .. } => {
+                "choose a later time; if the clock was wrong then, an LSN inside one of the windows that `walden list` shows"
             }
             Self::XidNotFound { .. } | Self::NameNotFound { .. } => {
                 "check the target, or choose a time or an LSN inside one of the windows that `walden list` shows"

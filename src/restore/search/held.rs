@@ -12,7 +12,7 @@ use crate::seal::ObjectHeader;
 use crate::wal::{Lsn, PAGE_SIZE, RecordInfo, RecordScanner, ScanStart, SegmentSize, SystemIdentifier, TimelineId};
 
 /// Headers that are asked for at once where all are needed.
-const HEADERS_AT_ONCE: usize = 16;
+pub(super) const HEADERS_AT_ONCE: usize = 16;
 
 /// A stored WAL object, and the part of it that counts on the branch.
 #[derive(Clone, Debug)]
@@ -61,8 +61,10 @@ impl<'a, S: WalSource<K>, K: Send + Sync> Held<'a, S, K> {
         system_identifier: SystemIdentifier,
         items: Vec<HeldWal<K>>,
     ) -> Result<Self, SearchError<S::Error>> {
-        if items.is_empty() {
-            return Err(SearchError::NothingHeld);
+        let Some(first) = items.first() else { return Err(SearchError::NothingHeld) };
+        // What begins in the middle of a page could be read from the next one on only, and a record before that would not be seen.
+        if !first.object.start.get().is_multiple_of(PAGE_SIZE as u64) {
+            return Err(SearchError::NotContiguous { at: first.object.start });
         }
         for item in &items {
             let (object, counts) = (&item.object, &item.counts);
@@ -85,6 +87,10 @@ impl<'a, S: WalSource<K>, K: Send + Sync> Held<'a, S, K> {
 
     pub fn segment_size(&self) -> SegmentSize {
         self.segment_size
+    }
+
+    pub fn key(&self, index: usize) -> &K {
+        &self.items[index].key
     }
 
     pub fn counts(&self, index: usize) -> &Range<Lsn> {
@@ -186,8 +192,8 @@ impl<'a, S: WalSource<K>, K: Send + Sync> Held<'a, S, K> {
             index -= 1;
         }
         if self.items[index].object.start > position {
-            // What lies before is not held, so the first whole page is the first that can be read.
-            position = Lsn::new(self.items[index].object.start.get().next_multiple_of(page));
+            // What lies before is not held. The first object begins with a page.
+            position = self.items[index].object.start;
         }
         let mut scanner = RecordScanner::new(ScanStart {
             timeline: self.items[index].timeline,

@@ -2,9 +2,14 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use rustix::fs::FlockOperation;
+use rustix::io::Errno;
+
+use super::patience::Progress;
 use crate::disk::Disk;
 use crate::repository::{Archive, PieceChain, RepositoryError, WalObject, WalObjectKind};
 use crate::restore::RestoreError;
@@ -12,34 +17,56 @@ use crate::restore::plan_file::PlannedTail;
 use crate::seal::Compression;
 use crate::wal::{Lsn, SegmentName};
 
+/// Between the file's name and what makes a temporary name its own.
+const TEMPORARY: &str = ".walden-tmp";
+/// Files made until one is not taken for a leftover before it is locked.
+const TRIES: u32 = 5;
+
 /// A file that becomes visible only when it is whole. Dropped before, it leaves nothing.
+///
+/// Several may be on their way to one path: each has a name of its own, and the last one to be whole stays. The file is locked as long as
+/// somebody writes it, so that what a killed run left can be told from it.
 struct Delivery {
     file: File,
     temporary: PathBuf,
     path: PathBuf,
+    progress: Arc<Progress>,
     done: bool,
 }
 
 impl Delivery {
-    fn begin(path: &Path) -> Result<Self, RestoreError> {
-        let mut name = path.as_os_str().to_owned();
-        name.push(".walden-tmp");
-        let temporary = PathBuf::from(name);
-        // Left over from a run that was killed; PostgreSQL runs one at a time for a path.
-        Disk::default().remove(&temporary).map_err(RestoreError::io("removed", &temporary))?;
-        let file = std::fs::OpenOptions::new().write(true).create_new(true).open(&temporary);
-        let file = file.map_err(RestoreError::io("created", &temporary))?;
-        // PostgreSQL's own mode for WAL files in a directory that only its owner may read.
-        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o600);
-        file.set_permissions(mode).map_err(RestoreError::io("created", &temporary))?;
-        Ok(Self { file, temporary, path: path.into(), done: false })
+    fn begin(path: &Path, progress: &Arc<Progress>) -> Result<Self, RestoreError> {
+        remove_leftovers(path);
+        let mut tries = TRIES;
+        loop {
+            let mut name = path.as_os_str().to_owned();
+            name.push(format!("{TEMPORARY}-{}", uuid::Uuid::new_v4().simple()));
+            let temporary = PathBuf::from(name);
+            let io = || RestoreError::io("created", &temporary);
+            let file = std::fs::OpenOptions::new().write(true).create_new(true).open(&temporary).map_err(io())?;
+            let (path, progress) = (path.to_owned(), progress.clone());
+            let delivery = Self { file, temporary: temporary.clone(), path, progress, done: false };
+            // PostgreSQL's own mode for WAL files in a directory that only its owner may read.
+            let mode = std::os::unix::fs::PermissionsExt::from_mode(0o600);
+            delivery.file.set_permissions(mode).map_err(io())?;
+            let locked = rustix::fs::flock(&delivery.file, FlockOperation::NonBlockingLockExclusive);
+            // Somebody may just have taken it for a leftover. A file system without locks has nobody who could.
+            let taken =
+                matches!(locked, Err(Errno::WOULDBLOCK)) || delivery.file.metadata().map_err(io())?.nlink() == 0;
+            tries -= 1;
+            if !taken || tries == 0 {
+                return Ok(delivery);
+            }
+        }
     }
 
     fn write(&mut self, bytes: &[u8]) -> Result<(), RepositoryError> {
+        self.progress.note();
         self.file.write_all(bytes).map_err(|source| self.local(source))
     }
 
     fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<(), RepositoryError> {
+        self.progress.note();
         self.file.write_all_at(bytes, offset).map_err(|source| self.local(source))
     }
 
@@ -65,8 +92,23 @@ impl Drop for Delivery {
     }
 }
 
-pub(super) fn deliver_bytes(bytes: &[u8], path: &Path) -> Result<(), RestoreError> {
-    let mut delivery = Delivery::begin(path)?;
+/// Removes what runs for the same path left that were killed: nobody has it locked. What cannot be removed stays.
+fn remove_leftovers(path: &Path) {
+    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else { return };
+    let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
+    let mut prefix = name.as_encoded_bytes().to_vec();
+    prefix.extend_from_slice(TEMPORARY.as_bytes());
+    let Ok(entries) = std::fs::read_dir(parent) else { return };
+    for entry in entries.flatten().filter(|entry| entry.file_name().as_encoded_bytes().starts_with(&prefix)) {
+        let Ok(file) = Disk::default().open_read(&entry.path()) else { continue };
+        if rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok() {
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
+}
+
+pub(super) fn deliver_bytes(bytes: &[u8], path: &Path, progress: &Arc<Progress>) -> Result<(), RestoreError> {
+    let mut delivery = Delivery::begin(path, progress)?;
     delivery.write(bytes)?;
     delivery.finish(bytes.len() as u64) // usize fits
 }
@@ -85,8 +127,9 @@ pub(super) async fn deliver_whole(
     segment: SegmentName,
     compression: Compression,
     path: &Path,
+    progress: &Arc<Progress>,
 ) -> Result<(), RestoreError> {
-    let mut delivery = Delivery::begin(path)?;
+    let mut delivery = Delivery::begin(path, progress)?;
     // Size, checksums and identity are proved before the file gets its name.
     archive.read_wal(&whole(segment, compression), |raw| delivery.write(raw)).await?;
     delivery.finish(segment.size().get())
@@ -98,8 +141,9 @@ pub(super) async fn deliver_tail(
     segment: SegmentName,
     tail: &PlannedTail,
     path: &Path,
+    progress: &Arc<Progress>,
 ) -> Result<(), RestoreError> {
-    let delivery = Delivery::begin(path)?;
+    let delivery = Delivery::begin(path, progress)?;
     for piece in &tail.pieces {
         let mut offset = u64::from(piece.start);
         let object = piece_object(segment, piece.start, piece.end, piece.compression);
@@ -118,7 +162,7 @@ pub(super) async fn deliver_tail(
             }
             Err(error) if error.is_not_found() => {
                 drop(delivery);
-                return deliver_from_whole(archive, segment, tail, path).await;
+                return deliver_from_whole(archive, segment, tail, path, progress).await;
             }
             Err(error) => return Err(error.into()),
         }
@@ -139,10 +183,11 @@ async fn deliver_from_whole(
     segment: SegmentName,
     tail: &PlannedTail,
     path: &Path,
+    progress: &Arc<Progress>,
 ) -> Result<(), RestoreError> {
     let mut failed = None;
     for compression in [Compression::Lz4, Compression::Zstd] {
-        let mut delivery = Delivery::begin(path)?;
+        let mut delivery = Delivery::begin(path, progress)?;
         let (mut left, mut crc32) = (tail.end, crc32fast::Hasher::new());
         let read = archive
             .read_wal(&whole(segment, compression), |raw| {
@@ -173,8 +218,9 @@ pub(super) async fn deliver_chain(
     segment: SegmentName,
     chain: &PieceChain,
     path: &Path,
+    progress: &Arc<Progress>,
 ) -> Result<(), RestoreError> {
-    let delivery = Delivery::begin(path)?;
+    let delivery = Delivery::begin(path, progress)?;
     for piece in &chain.pieces {
         let mut offset = u64::from(piece.start);
         let object = piece_object(segment, piece.start, piece.end, piece.compression);

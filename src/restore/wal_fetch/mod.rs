@@ -8,11 +8,12 @@ mod listing;
 mod patience;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use self::delivery::{deliver_bytes, deliver_tail, deliver_whole};
 use self::listing::by_listing;
-use self::patience::patiently;
+use self::patience::{Progress, patiently};
 use super::RestoreError;
 use super::plan_file::{Needed, PlanFile, PlannedHistory, PlannedTail};
 use crate::repository::{Archive, Repository};
@@ -159,13 +160,20 @@ async fn by_plan(
         });
     };
     let archive = repository.bind(plan.system_identifier);
-    patiently(request.patience, || carry_out(&archive, &decision, &request.path)).await
+    patiently(request.patience, |progress| carry_out(&archive, &decision, &request.path, progress)).await
 }
 
-async fn carry_out(archive: &Archive, decision: &Decision<'_>, path: &Path) -> Result<FetchOutcome, RestoreError> {
+async fn carry_out(
+    archive: &Archive,
+    decision: &Decision<'_>,
+    path: &Path,
+    progress: Arc<Progress>,
+) -> Result<FetchOutcome, RestoreError> {
     match decision {
-        Decision::Whole(segment, compression) => deliver_whole(archive, *segment, *compression, path).await?,
-        Decision::Tail(segment, tail) => deliver_tail(archive, *segment, tail, path).await?,
+        Decision::Whole(segment, compression) => {
+            deliver_whole(archive, *segment, *compression, path, &progress).await?
+        }
+        Decision::Tail(segment, tail) => deliver_tail(archive, *segment, tail, path, &progress).await?,
         Decision::History(planned) => {
             let Some(bytes) = archive.history(planned.timeline).await? else {
                 return Err(missing(archive, &planned.timeline.history_file_name()));
@@ -174,10 +182,10 @@ async fn carry_out(archive: &Archive, decision: &Decision<'_>, path: &Path) -> R
                 let what = format!("{} is not what it was", planned.timeline.history_file_name());
                 return Err(RestoreError::DamagedWal { why: what });
             }
-            deliver_bytes(&bytes, path)?;
+            deliver_bytes(&bytes, path, &progress)?;
         }
         Decision::AskHistory(timeline) => match archive.history(*timeline).await? {
-            Some(bytes) => deliver_bytes(&bytes, path)?,
+            Some(bytes) => deliver_bytes(&bytes, path, &progress)?,
             None => return Ok(absent("the store has no such history file")),
         },
         Decision::Absent(proof) => return Ok(absent(proof)),

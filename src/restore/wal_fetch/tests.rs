@@ -2,7 +2,7 @@ use super::listing::{Held, Judgement};
 use super::patience::{Persistence, persistence};
 use super::*;
 use crate::repository::test_support::{SYSTEM, seal, seal_with, writer};
-use crate::repository::{BackupId, Piece, RepositoryWriter, StoredPart};
+use crate::repository::{BackupId, Coverage, Piece, RepositoryWriter, StoredPart};
 use crate::restore::plan_file::{PlannedPiece, PlannedRun};
 use crate::seal::combine_crc32;
 use crate::storage::StorageError;
@@ -138,6 +138,25 @@ fn only_an_outage_is_waited_out() {
     assert_eq!(persistence(&RestoreError::Timeout { seconds: 1 }), Persistence::FewTries);
 }
 
+/// A large segment over a slow line was given up when the patience was over, though it came all the time, and never came whole.
+#[tokio::test]
+async fn silence_is_bounded_and_not_a_download_that_goes_on() {
+    let patience = Duration::from_millis(400);
+    let going_on = patiently(patience, |progress| async move {
+        for _ in 0..10 {
+            tokio::time::sleep(patience / 5).await;
+            progress.note();
+        }
+        Ok(FetchOutcome::Delivered)
+    });
+    assert_eq!(going_on.await.unwrap(), FetchOutcome::Delivered);
+    let silent = patiently(patience, |progress| async move {
+        progress.note();
+        std::future::pending().await
+    });
+    assert!(matches!(silent.await, Err(RestoreError::Timeout { .. })));
+}
+
 #[test]
 fn a_plan_reads_back_and_one_that_contradicts_itself_does_not() {
     let good = plan();
@@ -167,16 +186,19 @@ fn the_judgement_of_a_complete_listing() {
     let held = |last: u64, pieces: &[Piece]| {
         let mut held = Held::default();
         held.pieces = pieces.to_vec();
-        held.note(segment(1, last), segment(1, last).end());
-        for piece in pieces {
-            held.note(piece.segment, piece.end_lsn());
-        }
+        held.note_segment(segment(1, last));
+        pieces.iter().for_each(|piece| held.note_piece(*piece));
+        held
+    };
+    let told = |end: u64, mut held: Held| {
+        held.told = Some(Lsn::new(7 * MIB + end));
         held
     };
     let kind = |held: &Held, number: u64, begin: u64| match held.judge(segment(1, number), Lsn::new(begin)) {
         Judgement::Open(chain) => format!("open to {:X}", chain.end),
         Judgement::Absent(_) => "absent".into(),
         Judgement::Missing(_) => "missing".into(),
+        Judgement::Incomplete => "incomplete".into(),
     };
     // Segments up to 6.
     assert_eq!(kind(&held(6, &[]), 7, 0), "absent");
@@ -187,10 +209,26 @@ fn the_judgement_of_a_complete_listing() {
     // An open segment 7.
     let tail = [piece(0, 0x1000), piece(0x1000, 0x3000)];
     assert_eq!(kind(&held(6, &tail), 7, 0), "open to 3000");
-    assert_eq!(kind(&held(6, &tail[1..]), 7, 0), "missing");
-    assert_eq!(kind(&held(6, &[tail[0], piece(0x2000, 0x3000)]), 7, 0), "missing");
+    assert_eq!(kind(&told(0x4000, held(6, &tail)), 7, 0), "open to 3000");
+    // Pieces that were on their way with another one: what is held without a hole counts, unless more was there once.
+    let holed = [tail[0], piece(0x2000, 0x3000)];
+    assert_eq!(kind(&held(6, &holed), 7, 0), "open to 1000");
+    assert_eq!(kind(&told(0x1000, held(6, &holed)), 7, 0), "open to 1000");
+    assert_eq!(kind(&told(0x3000, held(6, &holed)), 7, 0), "missing");
+    let mut the_next = held(6, &[]);
+    holed.iter().for_each(|piece| the_next.note_piece(*piece));
+    assert_eq!(kind(&the_next, 8, 0), "absent");
+    assert_eq!(kind(&held(6, &tail[1..]), 7, 0), "incomplete");
+    assert_eq!(kind(&told(0, held(6, &tail[1..])), 7, 0), "incomplete");
+    assert_eq!(kind(&told(0x3000, held(6, &tail[1..])), 7, 0), "missing");
     // Pieces of a segment that is not the last one: something is missing.
     assert_eq!(kind(&held(9, &tail), 7, 0), "missing");
+    assert_eq!(kind(&told(0x3000, held(9, &tail)), 7, 0), "missing");
+    // Unless the later ones are pieces too, and the archive tells of none of them.
+    let mut before_the_next = held(6, &tail);
+    before_the_next.note_piece(Piece { segment: segment(1, 8), ..piece(0, 0x1000) });
+    assert_eq!(kind(&before_the_next, 7, 0), "missing");
+    assert_eq!(kind(&told(0x3000, before_the_next), 7, 0), "open to 3000");
 }
 
 struct Bench {
@@ -198,6 +236,7 @@ struct Bench {
     writer: RepositoryWriter,
     repositories: Vec<Repository>,
     path: PathBuf,
+    patience: Duration,
 }
 
 impl Bench {
@@ -206,7 +245,16 @@ impl Bench {
         let writer = writer(folder.path()).await;
         let repositories = vec![writer.archive().repository().clone()];
         let path = folder.path().join("RECOVERYXLOG");
-        Self { _folder: folder, writer, repositories, path }
+        Self { _folder: folder, writer, repositories, path, patience: Duration::from_secs(5) }
+    }
+
+    /// Another repository, which is asked behind the first.
+    async fn second(&mut self) -> RepositoryWriter {
+        let folder = self.path.with_file_name("second");
+        std::fs::create_dir(&folder).unwrap();
+        let writer = writer(&folder).await;
+        self.repositories.push(writer.archive().repository().clone());
+        writer
     }
 
     async fn store(&self, segment: SegmentName, bytes: &[u8]) {
@@ -215,9 +263,19 @@ impl Bench {
     }
 
     async fn store_piece(&self, segment: SegmentName, start: u32, bytes: &[u8], prefix_crc32: u32) {
+        Self::store_piece_in(&self.writer, segment, start, bytes, prefix_crc32).await;
+    }
+
+    async fn store_piece_in(
+        writer: &RepositoryWriter,
+        segment: SegmentName,
+        start: u32,
+        bytes: &[u8],
+        prefix_crc32: u32,
+    ) {
         let sealed = seal_with(segment, u64::from(start), bytes, Compression::Lz4, prefix_crc32, Summary::default());
         let end = start + u32::try_from(bytes.len()).unwrap();
-        self.writer.put_piece(segment, start, end, &sealed).await.unwrap();
+        writer.put_piece(segment, start, end, &sealed).await.unwrap();
     }
 
     async fn fetch(&self, plan: Option<&PlanFile>, name: &str) -> Result<FetchOutcome, RestoreError> {
@@ -226,7 +284,7 @@ impl Bench {
             system: None,
             name: name.into(),
             path: self.path.clone(),
-            patience: Duration::from_secs(5),
+            patience: self.patience,
         };
         let outcome = wal_fetch(&self.repositories, &request).await;
         let folder = std::fs::read_dir(self.path.parent().unwrap()).unwrap();
@@ -323,6 +381,111 @@ async fn without_a_plan_absence_is_proved_by_a_listing() {
     bench.delivered();
     // Names of other clusters: segments of 16 MiB have at most 256 in 4 GiB, but these are of 1 MiB.
     assert!(bench.fetch(None, "000000010000000000001000").await.is_err());
+}
+
+/// One repository whose certificates cannot be read kept every reader from all the others. It must not count as one that proves
+/// anything, either (I12).
+#[tokio::test]
+async fn a_repository_that_cannot_be_opened_hinders_no_other_and_proves_nothing() {
+    let mut bench = Bench::new().await;
+    bench.store(segment(1, 3), &raw(3, MIB as usize)).await;
+    let broken = crate::storage::unopened("s3://b".into(), "`ca_file` /etc/ca.pem: is not there".into());
+    bench.repositories.insert(0, Repository::new("broken", "main", broken).unwrap());
+    assert_eq!(bench.fetch(None, &segment(1, 3).to_string()).await.unwrap(), FetchOutcome::Delivered);
+    bench.delivered();
+    let error = bench.fetch(None, &segment(1, 4).to_string()).await.unwrap_err();
+    assert!(error.to_string().contains("ca_file"), "{error}");
+}
+
+/// The first repository had an open segment's beginning only, and delivered it although the next one had all of it: PostgreSQL took the
+/// zeros behind it for the end of the WAL.
+#[tokio::test]
+async fn of_an_open_segment_the_repository_that_has_most_delivers() {
+    let mut bench = Bench::new().await;
+    let second = bench.second().await;
+    let name = segment(1, 7).to_string();
+    let whole = raw(7, MIB as usize);
+    let padded = |held: usize| [&whole[..held], &vec![0; MIB as usize - held]].concat();
+    bench.store_piece(segment(1, 7), 0, &whole[..0x1000], 0).await;
+    assert_eq!(bench.fetch(None, &name).await.unwrap(), FetchOutcome::Delivered);
+    assert_eq!(bench.delivered(), padded(0x1000));
+    Bench::store_piece_in(&second, segment(1, 7), 0, &whole[..0x3000], 0).await;
+    for turn in 0..2 {
+        assert_eq!(bench.fetch(None, &name).await.unwrap(), FetchOutcome::Delivered, "{turn}");
+        assert_eq!(bench.delivered(), padded(0x3000), "{turn}");
+        bench.repositories.reverse();
+    }
+    // One that cannot be asked may have more.
+    let away = format!("{}.away", second.archive().url());
+    std::fs::rename(second.archive().url(), &away).unwrap();
+    assert!(bench.fetch(None, &name).await.is_err());
+    std::fs::rename(&away, second.archive().url()).unwrap();
+    let sealed = seal(segment(1, 7), 0, &whole, Compression::Lz4);
+    second.put_segment(segment(1, 7), &sealed).await.unwrap();
+    assert_eq!(bench.fetch(None, &name).await.unwrap(), FetchOutcome::Delivered);
+    assert_eq!(bench.delivered(), whole);
+}
+
+/// Four pieces are on their way at once where commits wait for the repository, so a standby that polls the open segment meets holes; 255
+/// ended its recovery. Only what the archive told of, and is not there, is lost.
+#[tokio::test]
+async fn a_hole_in_the_open_segment_is_no_loss_unless_more_was_there() {
+    let mut bench = Bench::new().await;
+    bench.patience = Duration::from_secs(1);
+    let name = segment(1, 7).to_string();
+    let bytes = raw(7, 0x3000);
+    bench.store_piece(segment(1, 7), 0x2000, &bytes[0x2000..], crc32fast::hash(&bytes[..0x2000])).await;
+    let error = bench.fetch(None, &name).await.unwrap_err();
+    assert!(matches!(error, RestoreError::Incomplete { .. }) && error.exit_code() == 5, "{error}");
+    bench.store_piece(segment(1, 7), 0, &bytes[..0x1000], 0).await;
+    let held = [&bytes[..0x1000], &vec![0; MIB as usize - 0x1000]].concat();
+    assert_eq!(bench.fetch(None, &name).await.unwrap(), FetchOutcome::Delivered);
+    assert_eq!(bench.delivered(), held);
+    let time = crate::repository::test_support::time("2026-11-20T06:00:00Z");
+    let tell = |end: u64| Coverage {
+        format: 1,
+        system_identifier: SYSTEM,
+        timeline: timeline(1),
+        complete_until: time,
+        archived_lsn: Lsn::new(7 * MIB + end),
+        updated: time,
+    };
+    bench.writer.put_coverage(&tell(0x1000)).await.unwrap();
+    assert_eq!(bench.fetch(None, &name).await.unwrap(), FetchOutcome::Delivered);
+    assert_eq!(bench.delivered(), held);
+    bench.writer.put_coverage(&tell(0x3000)).await.unwrap();
+    let error = bench.fetch(None, &name).await.unwrap_err();
+    assert!(matches!(error, RestoreError::DamagedWal { .. }), "{error}");
+}
+
+/// Two runs for one path wrote to one temporary file: one removed the other's, or gave its name to what was half written (I13).
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn several_runs_for_one_path_do_not_meet() {
+    let bench = Bench::new().await;
+    let bytes = raw(3, MIB as usize);
+    bench.store(segment(1, 3), &bytes).await;
+    let left = |kind: &str| bench.path.with_file_name(format!("RECOVERYXLOG.walden-tmp{kind}"));
+    // Left by runs that were killed, the first one of an older release.
+    for kind in ["", "-0123456789abcdef"] {
+        std::fs::write(left(kind), b"half").unwrap();
+    }
+    let request = FetchRequest {
+        plan: None,
+        system: None,
+        name: segment(1, 3).to_string(),
+        path: bench.path.clone(),
+        patience: bench.patience,
+    };
+    let runs = (0..16).map(|_| {
+        let (repositories, request) = (bench.repositories.clone(), request.clone());
+        tokio::spawn(async move { wal_fetch(&repositories, &request).await })
+    });
+    for run in runs.collect::<Vec<_>>() {
+        assert_eq!(run.await.unwrap().unwrap(), FetchOutcome::Delivered);
+    }
+    assert_eq!(bench.delivered(), bytes);
+    // Looks for leftovers too.
+    assert_eq!(bench.fetch(None, &segment(1, 3).to_string()).await.unwrap(), FetchOutcome::Delivered);
 }
 
 #[tokio::test]

@@ -34,6 +34,7 @@ pub enum Failure {
     NoBucket,
     Full,
     NotFound,
+    UploadGone,
 }
 
 /// What happens to a call.
@@ -159,6 +160,7 @@ impl Failure {
             Self::NoBucket => StorageError::NoBucket { url, source },
             Self::Full => StorageError::Full { url, key: key.to_owned(), source },
             Self::NotFound => StorageError::NotFound { url, key: key.to_owned() },
+            Self::UploadGone => StorageError::UploadGone { url, key: key.to_owned() },
         }
     }
 }

@@ -22,7 +22,7 @@ use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
 
 use self::multipart::LocalUpload;
-use self::tree::{Tree, split};
+use self::tree::{Tree, flush_directory, split};
 use super::keys::{check_key, check_prefix};
 use super::source::sum_of;
 use super::{
@@ -213,7 +213,7 @@ fn delete(tree: &Tree, key: &str) -> Result<(), StorageError> {
         Err(error) => return Err(error),
     };
     match rustix::fs::unlinkat(&directory, name, AtFlags::empty()) {
-        Ok(()) => rustix::fs::fsync(&directory).map_err(|errno| tree.error(errno, "flushing the directory of", key))?,
+        Ok(()) => flush_directory(&directory).map_err(|errno| tree.error(errno, "flushing the directory of", key))?,
         Err(Errno::NOENT) => {}
         Err(errno) => return Err(tree.error(errno, "deleting", key)),
     }

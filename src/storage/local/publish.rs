@@ -8,7 +8,7 @@ use std::sync::Arc;
 use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 
-use super::tree::{FILE_MODE, Tree, split};
+use super::tree::{FILE_MODE, Tree, flush_directory, split};
 use crate::storage::keys::TEMPORARY;
 use crate::storage::{PutOutcome, StorageError};
 
@@ -119,7 +119,8 @@ impl Drop for Unpublished {
 
 /// Gives an open, flushed file of the same file system the object's name as well, without copying. `None`: it cannot be done here.
 ///
-/// Only for a file that has one name: an object must not share its bytes with a second repository, which one damaged block would then hit too.
+/// Only for a file whose other name goes right after: what happens to the bytes under the one name happens to them under the other.
+/// And only for a file that has one name: two repositories must not share their bytes, which one damaged block would then hit both.
 pub(super) fn publish_link(tree: &Tree, key: &str, source: &File) -> Result<Option<PutOutcome>, StorageError> {
     let (folder, name) = split(key);
     let status = rustix::fs::fstat(source).map_err(|errno| tree.error(errno, "reading", key))?;
@@ -156,7 +157,7 @@ fn flush_existing(tree: &Tree, directory: &OwnedFd, key: &str) -> Result<bool, S
     match rustix::fs::openat(directory, name, flags, Mode::empty()) {
         Ok(file) => {
             rustix::fs::fsync(&file).map_err(|errno| tree.error(errno, "flushing", key))?;
-            rustix::fs::fsync(directory).map_err(|errno| tree.error(errno, "flushing the directory of", key))?;
+            flush_directory(directory).map_err(|errno| tree.error(errno, "flushing the directory of", key))?;
             Ok(true)
         }
         Err(Errno::NOENT) => Ok(false),
@@ -166,7 +167,7 @@ fn flush_existing(tree: &Tree, directory: &OwnedFd, key: &str) -> Result<bool, S
 
 /// The last step of creating. A name that may not be on disk is taken back.
 fn flush_name(tree: &Tree, directory: &OwnedFd, key: &str) -> Result<(), StorageError> {
-    rustix::fs::fsync(directory).map_err(|errno| {
+    flush_directory(directory).map_err(|errno| {
         // Nothing more can be done if this fails too; the error is reported and nobody counts on the object.
         let _ = rustix::fs::unlinkat(directory, split(key).1, AtFlags::empty());
         tree.error(errno, "flushing the directory of", key)

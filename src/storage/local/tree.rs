@@ -78,7 +78,7 @@ impl Tree {
             }
             // A directory found here may have been made by a process that died before its own flush.
             if created || !known {
-                rustix::fs::fsync(&directory).map_err(|errno| {
+                flush_directory(&directory).map_err(|errno| {
                     if created {
                         // A second flush could report a success that is none (I9); a directory made anew is flushed anew.
                         let _ = rustix::fs::unlinkat(&directory, part, AtFlags::REMOVEDIR);
@@ -145,7 +145,7 @@ impl Tree {
         };
         // The root's own name. A parent that may be entered but not read cannot be flushed, and then the root is older than this process.
         match rustix::fs::open(parent, OPEN_DIRECTORY, Mode::empty()) {
-            Ok(parent) => rustix::fs::fsync(&parent).map_err(|errno| self.root_error(errno))?,
+            Ok(parent) => flush_directory(&parent).map_err(|errno| self.root_error(errno))?,
             Err(Errno::ACCESS) => {}
             Err(errno) => return Err(self.root_error(errno)),
         }
@@ -203,6 +203,16 @@ impl Tree {
     }
 }
 
+/// Some network and FUSE file systems cannot flush a directory and say so; PostgreSQL passes over that as well.
+///
+/// Source: `fsync_fname_ext` in PostgreSQL `src/backend/storage/file/fd.c`.
+pub(super) fn flush_directory(directory: &OwnedFd) -> Result<(), Errno> {
+    match rustix::fs::fsync(directory) {
+        Err(Errno::BADF | Errno::INVAL) => Ok(()),
+        result => result,
+    }
+}
+
 fn is_empty(directory: &OwnedFd) -> Result<bool, Errno> {
     for entry in rustix::fs::Dir::read_from(directory)? {
         if !matches!(entry?.file_name().to_bytes(), b"." | b"..") {
@@ -220,7 +230,8 @@ fn remove_stale(directory: &OwnedFd) -> Result<(), Errno> {
         if !name.to_bytes().starts_with(TEMPORARY.as_bytes()) {
             continue;
         }
-        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        // For writing as well, since NFS gives no exclusive lock on a file that is open for reading only.
+        let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let Ok(file) = rustix::fs::openat(directory, name, flags, Mode::empty()) else { continue };
         if rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok() {
             match rustix::fs::unlinkat(directory, name, AtFlags::empty()) {

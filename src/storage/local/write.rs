@@ -5,6 +5,7 @@ use std::io::Write;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use rustix::io::Errno;
 
 use super::lock::DirectoryLock;
 use super::publish::{Publish, publish, publish_link};
@@ -22,14 +23,22 @@ pub(super) fn put_new(tree: &Arc<Tree>, key: &str, body: &Body, crc32: u32) -> R
                 file.write_all(bytes).map_err(|error| io_error(tree, error, "writing", key))
             })
         }
-        Body::SealedFile { path, length } => {
+        Body::SealedFile { path, length, goes } => {
             let source = source::open(path, *length, true).map_err(damaged)?;
-            check_crc32(sum_of(&source, *length).map_err(damaged)?, crc32).map_err(damaged)?;
-            if let Some(outcome) = publish_link(tree, key, &source)? {
-                return Ok(outcome);
+            if *goes {
+                check_crc32(sum_of(&source, *length).map_err(damaged)?, crc32).map_err(damaged)?;
+                if let Some(outcome) = publish_link(tree, key, &source)? {
+                    return Ok(outcome);
+                }
             }
             let span = Span { source: &source, offset: 0, length: *length, prefix: &[], suffix: &[] };
-            publish(tree, key, Publish::IfAbsent, &mut |file| span.copy(tree, key, file, crc32))
+            publish(tree, key, Publish::IfAbsent, &mut |file| {
+                if !copy_in_kernel(&source, file, *length) {
+                    return span.copy(tree, key, file, crc32);
+                }
+                // What has arrived is what counts.
+                check_crc32(sum_of(file, *length).map_err(damaged)?, crc32).map_err(damaged)
+            })
         }
         Body::FileRange { path, offset, length, prefix, suffix } => {
             let end = offset.checked_add(*length).ok_or_else(|| damaged("the range is too large".to_owned()))?;
@@ -38,6 +47,26 @@ pub(super) fn put_new(tree: &Arc<Tree>, key: &str, body: &Body, crc32: u32) -> R
             publish(tree, key, Publish::IfAbsent, &mut |file| span.copy(tree, key, file, crc32))
         }
     }
+}
+
+/// Copies without a way through this process; some file systems then write nothing until one of the two files is changed. `false`: it
+/// cannot be done here, and the file is empty as before.
+fn copy_in_kernel(source: &File, file: &File, length: u64) -> bool {
+    let (mut from, mut to) = (0, 0);
+    while to < length {
+        let wanted = usize::try_from(length - to).unwrap_or(usize::MAX);
+        match rustix::fs::copy_file_range(source, Some(&mut from), file, Some(&mut to), wanted) {
+            Ok(copied) if copied > 0 => {}
+            Err(Errno::INTR) => {}
+            // Two file systems, one that does not know how, a full disk: copying by hand works or tells why not.
+            Ok(_) | Err(_) => {
+                // If it cannot be cut back, that shows in the sum.
+                let _ = file.set_len(0);
+                return false;
+            }
+        }
+    }
+    true
 }
 
 /// Bytes to copy into an object.

@@ -46,7 +46,7 @@ impl Source {
     pub(super) fn new(body: &Body, crc32: u32) -> Result<Self, String> {
         let (content, length) = match body {
             Body::Bytes(bytes) => (Content::Bytes(bytes.clone()), bytes.len() as u64),
-            Body::SealedFile { path, length } => {
+            Body::SealedFile { path, length, .. } => {
                 (Content::file(path, true, 0, *length, &Bytes::new(), &Bytes::new()), *length)
             }
             Body::FileRange { path, offset, length, prefix, suffix } => {

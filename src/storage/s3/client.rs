@@ -21,14 +21,12 @@ use aws_sdk_s3::config::{
     ConfigBag, IdentityCache, Intercept, RequestChecksumCalculation, ResponseChecksumValidation, RuntimeComponents,
     SharedHttpClient, StalledStreamProtectionConfig,
 };
-use aws_smithy_http_client::tls::rustls_provider::CryptoMode;
-use aws_smithy_http_client::tls::{Provider, TlsContext, TrustStore};
+use aws_types::service_config::ServiceConfigKey;
 use jiff::Timestamp;
-use rustls::pki_types::CertificateDer;
-use rustls::pki_types::pem::PemObject;
 
-use super::credentials::{CredentialFiles, read_bounded};
+use super::credentials::CredentialFiles;
 use super::settings::S3Settings;
+use super::tls::{http_client, read_authorities};
 use crate::storage::{BoxError, StorageError};
 
 const CONNECT_TIMEOUT_MAX: Duration = Duration::from_secs(10);
@@ -36,18 +34,15 @@ const CONNECT_TIMEOUT_MAX: Duration = Duration::from_secs(10);
 const STALL_TIMEOUT: Duration = Duration::from_secs(20);
 /// The slowest body that is waited for, in bytes a second.
 const SLOWEST_BODY: u64 = 128 * 1024;
-/// Connections idle for longer are closed before the store closes them.
-const IDLE_TIMEOUT: Duration = Duration::from_secs(15);
+/// The slowest answer that is waited for, in bytes a second.
+const SLOWEST_ANSWER: u64 = 16 * 1024;
 /// How soon after each other refused credentials are looked up anew.
 const RELOAD_INTERVAL: Duration = Duration::from_secs(10);
-/// Bound of a file of certificates, in bytes.
-const CA_FILE_MAX: u64 = 4 * 1024 * 1024;
 const DEFAULT_REGION: &str = "us-east-1";
 
 /// Makes the client, and makes it anew when its credentials were refused: a profile that was edited counts without a restart.
 pub(super) struct Clients {
     settings: S3Settings,
-    http: SharedHttpClient,
     current: RwLock<Current>,
     clock: Arc<StoreClock>,
     /// Plain http beyond this host: nothing protects the connection, so bodies are hashed for the signature.
@@ -57,34 +52,65 @@ pub(super) struct Clients {
 struct Current {
     client: Client,
     made: Instant,
+    http: SharedHttpClient,
+    /// What `ca_file` held when `http` was made, and when it was last looked at again.
+    authorities: Option<Vec<u8>>,
+    looked: Option<Instant>,
 }
 
 impl Clients {
     /// Asks no store. May ask the machine's metadata service for a region when nothing else names one.
     pub(super) async fn open(settings: S3Settings) -> Result<Self, StorageError> {
-        let http = http_client(&settings).await?;
+        let authorities = read_authorities(&settings).await?;
+        let http = http_client(&settings, authorities.as_deref())?;
         let clock = Arc::new(StoreClock::default());
         let (client, is_exposed) = make_client(&settings, &http, &clock).await?;
-        let current = RwLock::new(Current { client, made: Instant::now() });
-        Ok(Self { settings, http, current, clock, is_exposed })
+        let current = RwLock::new(Current { client, made: Instant::now(), http, authorities, looked: None });
+        Ok(Self { settings, current, clock, is_exposed })
     }
 
     pub(super) fn get(&self) -> Client {
         self.current.read().unwrap_or_else(PoisonError::into_inner).client.clone()
     }
 
+    fn change<T>(&self, change: impl FnOnce(&mut Current) -> T) -> T {
+        change(&mut self.current.write().unwrap_or_else(PoisonError::into_inner))
+    }
+
     /// After a refusal of the credentials. Does nothing when that was tried a moment ago.
     pub(super) async fn reload(&self) {
-        {
-            let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
-            if current.made.elapsed() < RELOAD_INTERVAL {
-                return;
+        let http = self.change(|current| {
+            let is_due = current.made.elapsed() >= RELOAD_INTERVAL;
+            if is_due {
+                current.made = Instant::now();
             }
-            current.made = Instant::now();
-        }
+            is_due.then(|| current.http.clone())
+        });
+        let Some(http) = http else { return };
         // If nothing better can be made, the old client serves on and its error is told.
-        if let Ok((client, _)) = make_client(&self.settings, &self.http, &self.clock).await {
-            self.current.write().unwrap_or_else(PoisonError::into_inner).client = client;
+        if let Ok((client, _)) = make_client(&self.settings, &http, &self.clock).await {
+            self.change(|current| current.client = client);
+        }
+    }
+
+    /// After a connection that failed: authorities that were exchanged in `ca_file` count from the next request on.
+    pub(super) async fn reload_authorities(&self) {
+        let before = self.change(|current| {
+            let is_due = current.looked.is_none_or(|looked| looked.elapsed() >= RELOAD_INTERVAL);
+            if is_due {
+                current.looked = Some(Instant::now());
+            }
+            is_due.then(|| current.authorities.clone())
+        });
+        // A file that cannot be used now may be half written: the old authorities serve on, and the connection's error is told.
+        let (Some(before), Ok(now)) = (before, read_authorities(&self.settings).await) else { return };
+        if now == before {
+            return;
+        }
+        let Ok(http) = http_client(&self.settings, now.as_deref()) else { return };
+        if let Ok((client, _)) = make_client(&self.settings, &http, &self.clock).await {
+            tracing::info!(repository = %self.settings.name, "`ca_file` has changed, and counts from now on");
+            self.change(|current| (current.client, current.http, current.authorities) = (client, http, now));
         }
     }
 
@@ -96,6 +122,11 @@ impl Clients {
     /// How long one chunk of an answer's body may take.
     pub(super) fn chunk_timeout(&self) -> Duration {
         self.settings.request_timeout
+    }
+
+    /// How long an answer's body of `length` bytes may take in all. A store that sends a byte now and then is none that answers.
+    pub(super) fn body_timeout(&self, length: u64) -> Duration {
+        self.settings.request_timeout + Duration::from_secs(length / SLOWEST_ANSWER)
     }
 
     /// Time limits for a request with a body of `length` bytes.
@@ -117,7 +148,7 @@ async fn make_client(
     clock: &Arc<StoreClock>,
 ) -> Result<(Client, bool), StorageError> {
     let shared = load_shared(settings, http).await;
-    let endpoint = settings.endpoint.clone().or_else(|| shared.endpoint_url().map(str::to_owned));
+    let endpoint = settings.endpoint.clone().or_else(|| endpoint_of(&shared));
     let region = match (&settings.region, shared.region()) {
         (Some(region), _) => Region::new(region.clone()),
         (None, Some(region)) => region.clone(),
@@ -145,6 +176,14 @@ async fn make_client(
     }
     let is_exposed = endpoint.is_some_and(|endpoint| is_exposed(&endpoint));
     Ok((Client::from_conf(config.build()), is_exposed))
+}
+
+/// The endpoint that the environment or the profile names: for S3 alone, else for all services.
+fn endpoint_of(shared: &SdkConfig) -> Option<String> {
+    let key =
+        ServiceConfigKey::builder().service_id("S3").env("AWS_ENDPOINT_URL").profile("endpoint_url").build().ok()?;
+    let of_s3 = shared.service_config().and_then(|config| config.load_config(key));
+    of_s3.or_else(|| shared.endpoint_url().map(str::to_owned))
 }
 
 /// Whether an endpoint is spoken to without TLS over a network.
@@ -200,39 +239,6 @@ fn stall_protection() -> StalledStreamProtectionConfig {
         .download_enabled(true)
         .grace_period(STALL_TIMEOUT)
         .build()
-}
-
-async fn http_client(settings: &S3Settings) -> Result<SharedHttpClient, StorageError> {
-    let mut trust = TrustStore::default();
-    if let Some(path) = &settings.ca_file {
-        let wrong = |why: String| StorageError::Settings {
-            url: settings.url(),
-            why: format!("`ca_file` {}: {why}", path.display()),
-        };
-        let pem = read_bounded(path.clone(), CA_FILE_MAX).await.map_err(wrong)?;
-        check_certificates(&pem).map_err(wrong)?;
-        trust = TrustStore::empty().with_pem_certificate(pem);
-    }
-    let context = TlsContext::builder().with_trust_store(trust).build().map_err(|error| StorageError::Settings {
-        url: settings.url(),
-        why: format!("TLS cannot be set up: {error}"),
-    })?;
-    Ok(aws_smithy_http_client::Builder::new()
-        .tls_provider(Provider::Rustls(CryptoMode::AwsLc))
-        .tls_context(context)
-        .pool_max_idle_per_host(settings.concurrency.max(1))
-        .pool_idle_timeout(IDLE_TIMEOUT)
-        .build_https())
-}
-
-/// The SDK panics on certificates that it cannot use, so they are looked at first.
-fn check_certificates(pem: &[u8]) -> Result<(), String> {
-    let mut roots = rustls::RootCertStore::empty();
-    for certificate in CertificateDer::pem_slice_iter(pem) {
-        let certificate = certificate.map_err(|error| format!("is not PEM: {error}"))?;
-        roots.add(certificate).map_err(|error| format!("has a certificate that cannot be trusted: {error}"))?;
-    }
-    if roots.is_empty() { Err("has no certificate".to_owned()) } else { Ok(()) }
 }
 
 /// The store's clock minus this machine's in milliseconds; `i64::MIN` before the first answer.
@@ -354,12 +360,5 @@ mod tests {
         let limit = |length| time_limits(&settings, length).operation_attempt_timeout().unwrap();
         assert_eq!(limit(0), Duration::from_secs(60));
         assert_eq!(limit(64 * 1024 * 1024), Duration::from_secs(60 + 512));
-    }
-
-    #[test]
-    fn a_wrong_ca_file_is_refused_not_a_panic() {
-        assert!(check_certificates(b"").is_err());
-        assert!(check_certificates(b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n").is_err());
-        assert!(check_certificates(b"-----BEGIN CERTIFICATE-----\n!!!\n").is_err());
     }
 }

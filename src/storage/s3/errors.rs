@@ -244,22 +244,26 @@ impl Refusal {
                     Some(region) => format!("the bucket is in another region: set `region = {region:?}`"),
                     None => "the store sends the request elsewhere: correct `region` or `endpoint`".to_owned(),
                 };
-                StorageError::Settings { url, why }
+                StorageError::Refused { url, why, source: None }
             }
             ("AuthorizationHeaderMalformed", _) if self.region.is_some() => {
                 let region = self.region.unwrap_or_default();
-                StorageError::Settings {
-                    url,
-                    why: format!("the bucket is in another region: set `region = {region:?}`"),
-                }
+                let why = format!("the bucket is in another region: set `region = {region:?}`");
+                StorageError::Refused { url, why, source: None }
             }
-            ("InvalidBucketName" | "InvalidStorageClass" | "KMS.NotFoundException", _) => {
-                StorageError::Settings { url, why: format!("the store refuses a setting ({code})") }
+            ("InvalidBucketName" | "InvalidStorageClass", _) => {
+                StorageError::Refused { url, why: format!("the store refuses a setting ({code})"), source }
+            }
+            // A key that is disabled, about to be deleted, or not there.
+            (code, _) if code.starts_with("KMS.") && code != "KMS.ThrottlingException" => {
+                let why = format!("the store cannot use the encryption key ({code})");
+                StorageError::Refused { url, why, source }
             }
             ("QuotaExceeded" | "XMinioStorageFull" | "InsufficientStorage", _) | (_, Some(507)) => {
                 StorageError::Full { url, key: key.to_owned(), source }
             }
             ("SlowDown" | "ServiceUnavailable" | "RequestLimitExceeded" | "Throttling" | "ThrottlingException", _)
+            | ("KMS.ThrottlingException", _)
             | (_, Some(429 | 503)) => StorageError::Throttled { url, what, source },
             _ if is_denied => {
                 let code = if code.is_empty() { format!("status {}", self.status.unwrap_or(0)) } else { code };
@@ -273,6 +277,7 @@ impl Refusal {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::failure::NextStep;
 
     fn answer(status: u16, code: &str) -> StorageError {
         let refusal = Refusal {
@@ -303,6 +308,12 @@ mod tests {
         assert!(matches!(answer(507, "XMinioStorageFull"), StorageError::Full { .. }));
         let redirect = answer(301, "PermanentRedirect");
         assert!(redirect.to_string().contains("eu-west-1"), "{redirect}");
+        assert!(matches!(redirect, StorageError::Refused { .. }));
+        for code in ["KMS.DisabledException", "KMS.NotFoundException", "InvalidStorageClass"] {
+            let refused = answer(400, code);
+            assert!(matches!(refused, StorageError::Refused { .. }), "{code}");
+            assert_eq!(refused.next_step(), NextStep::Retry, "a store that is mended is used again");
+        }
         let skewed = answer(403, "RequestTimeTooSkewed");
         assert!(skewed.to_string().contains("by 3600 s"), "{skewed}");
     }

@@ -1,5 +1,7 @@
 //! Listing: every page or an error (a listing that is cut short would hide what is there, I15).
 
+use std::collections::HashSet;
+
 use aws_sdk_s3::operation::list_objects_v2::ListObjectsV2Output;
 use aws_sdk_s3::types::EncodingType;
 
@@ -62,6 +64,8 @@ impl Bucket {
         mut take: impl FnMut(&ListObjectsV2Output) -> Result<(), &'static str>,
     ) -> Result<(), StorageError> {
         let mut token: Option<String> = None;
+        // A token that comes again would go round for ever.
+        let mut seen = HashSet::new();
         // Some stores say that they encode and do not, so this is asked for only when a page cannot be read without: a foreign key may have
         // characters that XML cannot carry, and one such object must not hide all the others.
         let mut encoding = None;
@@ -90,7 +94,7 @@ impl Bucket {
             take(&page).map_err(wrong)?;
             match (page.is_truncated(), page.next_continuation_token()) {
                 (Some(false), _) => return Ok(()),
-                (Some(true), Some(next)) if Some(next) != token.as_deref() => token = Some(next.to_owned()),
+                (Some(true), Some(next)) if seen.insert(next.to_owned()) => token = Some(next.to_owned()),
                 (Some(true), _) => return Err(wrong("it goes on, but not how")),
                 (None, _) => return Err(wrong("it does not say whether it is complete")),
             }

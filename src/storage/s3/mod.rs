@@ -14,6 +14,7 @@ mod multipart;
 mod probe;
 mod read;
 mod settings;
+mod tls;
 mod write;
 
 use std::fmt;
@@ -87,10 +88,14 @@ impl Bucket {
         format!("{}{key}", self.prefix)
     }
 
-    /// The error for callers. After a refusal of the credentials these are looked up anew, for the next call.
+    /// The error for callers. After a refusal of the credentials these are looked up anew for the next call, after a
+    /// connection that failed the authorities.
     async fn error(&self, refusal: Refusal, doing: &str, key: &str) -> StorageError {
         if refusal.is_denied() {
             self.clients.reload().await;
+        }
+        if refusal.is_broken_connection() {
+            self.clients.reload_authorities().await;
         }
         let what = if key.is_empty() { doing.to_owned() } else { format!("{doing} {key}") };
         let refusal = match &self.settings.endpoint {

@@ -186,6 +186,7 @@ impl MultipartUpload for S3Upload {
                     "a part was damaged on the way to the store, which refused it",
                 ));
             }
+            Err(refusal) if refusal.is_no_such_upload() => return Err(self.gone()),
             Err(refusal) => return Err(bucket.upload_error(refusal, key).await),
         };
         if output.checksum_crc32().is_some_and(|echoed| echoed != encode_crc32(crc32)) {
@@ -219,7 +220,7 @@ impl MultipartUpload for S3Upload {
             Err(refusal) if refusal.is_no_such_upload() => match self.is_stored(&parts, size, crc32).await? {
                 Some(true) => Ok(self.done()),
                 Some(false) => Ok(PutOutcome::Exists),
-                None => Err(bucket.error(refusal, "storing", key).await),
+                None => Err(self.gone()),
             },
             Err(refusal) => Err(bucket.error(refusal, "storing", key).await),
             Ok(()) => match self.is_stored(&parts, size, crc32).await? {
@@ -240,6 +241,11 @@ impl MultipartUpload for S3Upload {
 }
 
 impl S3Upload {
+    /// Stores forget uploads that are not finished: by a life-cycle rule, or in a restart.
+    fn gone(&self) -> StorageError {
+        StorageError::UploadGone { url: self.bucket.url.clone(), key: self.key.clone() }
+    }
+
     fn done(&self) -> PutOutcome {
         self.over.store(true, Ordering::Relaxed);
         PutOutcome::Created

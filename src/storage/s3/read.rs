@@ -2,6 +2,7 @@
 //! checksum that the store keeps is an error, never content (I13).
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use aws_sdk_s3::operation::get_object::GetObjectOutput;
 use aws_sdk_s3::primitives::ByteStream;
@@ -88,7 +89,7 @@ impl Bucket {
     ) -> Result<impl Stream<Item = Result<Bytes, StorageError>> + Send + 'static, StorageError> {
         let answer = self.ask(key, None).await?;
         let key = key.to_owned();
-        let state = Chunks::new(answer);
+        let state = Chunks::new(&self, answer);
         Ok(futures_util::stream::try_unfold(state, move |mut chunks| {
             let (bucket, key) = (self.clone(), key.clone());
             async move { Ok(chunks.next(&bucket, &key).await?.map(|chunk| (chunk, chunks))) }
@@ -202,7 +203,7 @@ impl Bucket {
         key: &'a str,
         answer: Answer,
     ) -> impl Stream<Item = Result<Bytes, StorageError>> + Send + 'a {
-        futures_util::stream::try_unfold(Chunks::new(answer), move |mut chunks| async move {
+        futures_util::stream::try_unfold(Chunks::new(self, answer), move |mut chunks| async move {
             Ok(chunks.next(self, key).await?.map(|chunk| (chunk, chunks)))
         })
         .boxed()
@@ -234,16 +235,23 @@ struct Chunks {
     left: u64,
     sum: crc32fast::Hasher,
     expected: Option<u32>,
+    /// How long it may still be waited for; the time that the reader takes for itself does not count.
+    patience: Duration,
 }
 
 impl Chunks {
-    fn new(answer: Answer) -> Self {
-        Self { body: answer.body, left: answer.length, sum: crc32fast::Hasher::new(), expected: answer.crc32 }
+    fn new(bucket: &Bucket, answer: Answer) -> Self {
+        let Answer { body, length, crc32, .. } = answer;
+        let patience = bucket.clients.body_timeout(length);
+        Self { body, left: length, sum: crc32fast::Hasher::new(), expected: crc32, patience }
     }
 
     async fn next(&mut self, bucket: &Bucket, key: &str) -> Result<Option<Bytes>, StorageError> {
-        let next = tokio::time::timeout(bucket.clients.chunk_timeout(), self.body.next()).await;
-        match next.map_err(|_| bucket.unavailable("reading", key, "nothing came for too long"))? {
+        let (asked, limit) = (Instant::now(), bucket.clients.chunk_timeout().min(self.patience));
+        let next = tokio::time::timeout(limit, self.body.next()).await;
+        self.patience = self.patience.saturating_sub(asked.elapsed());
+        let why = if self.patience.is_zero() { "it came too slowly" } else { "nothing came for too long" };
+        match next.map_err(|_| bucket.unavailable("reading", key, why))? {
             Some(Ok(chunk)) => {
                 self.left = match self.left.checked_sub(chunk.len() as u64) {
                     Some(left) => left,

@@ -140,7 +140,11 @@ fn command_of(line: &str) -> (Vec<(String, String)>, Vec<String>) {
 pub fn named(text: &str, named: &[(String, &str)], is_served: bool) -> String {
     let mut text = text.to_owned();
     for (value, name) in named {
-        text = text.replace(value.as_str(), name);
+        text = match value.bytes().all(|b| b.is_ascii_digit()) {
+            // A port or a process may stand inside a longer number, such as the day in a backup's id.
+            true => Regex::new(&format!(r"\b{value}\b")).expect("digits").replace_all(&text, *name).into_owned(),
+            false => text.replace(value.as_str(), name),
+        };
     }
     let patterns = [
         (r"[^ ]*/walden-\d+\.toml", "{config}"),

@@ -1,5 +1,6 @@
 use super::*;
 use crate::repository::test_support::{MIB, Sketch, time, timeline};
+use crate::wal::Lsn;
 
 fn covered(catalog: &Catalog, id: u32) -> Vec<Option<PgTime>> {
     let branch = catalog.history(timeline(id)).unwrap();
