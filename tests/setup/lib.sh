@@ -100,3 +100,24 @@ link_unpacked() {
   printf '#!/bin/sh\nLD_LIBRARY_PATH="%s${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" exec "%s" "$@"\n' "$(library_path)" "$1" >"$cache/bin/$name"
   chmod 755 "$cache/bin/$name"
 }
+
+# python_environment NAME PACKAGE: a Python environment of its own with this package, in .cache/NAME.
+python_environment() {
+  local home="$cache/$1" package="$2" log="$cache/$1.log" python pip=(-m pip)
+  # The marker is written last: an environment that was interrupted half-way is made again.
+  if [ "$(cat "$home/made-for" 2>/dev/null)" = "$package $cache" ]; then return; fi
+  python="$(on_path python3)"
+  [ -n "$python" ] || die "missing, please install: python3 (with venv)"
+  say "making .cache/$1 with $package"
+  rm -rf "$home"
+  if ! "$python" -m venv "$home" >"$log" 2>&1; then
+    # Debian's python3 has no pip to put into an environment; its wheel runs as it is.
+    rm -rf "$home"
+    { "$python" -m venv --without-pip "$home" && apt_update && unpack python3-pip-whl; } >>"$log" 2>&1 ||
+      die "missing, please install: python3-venv (see .cache/$1.log)"
+    pip=("$(ls "$unpacked"/usr/share/python-wheels/pip-*.whl | tail -n 1)/pip")
+  fi
+  again "$home/bin/python" "${pip[@]}" install --quiet --disable-pip-version-check "$package" >>"$log" 2>&1 ||
+    die "pip could not install $package, see .cache/$1.log"
+  echo "$package $cache" >"$home/made-for"
+}

