@@ -258,6 +258,9 @@ fn what_is_lost_of_the_timeline_before_is_fetched_again_or_told() {
     let mut agent = walden.run_connected();
     agent.wait_status(MINUTE, "the second timeline", |status| status["timeline"] == 2);
     assert!(spooled[2].exists(), "{}", agent.log_tail());
+    // Only once something of the second timeline is held the first one is not taken up again.
+    postgres.psql("CREATE TABLE second AS SELECT 1");
+    agent.wait_durable(postgres.flush_lsn(), MINUTE);
     flip(&spooled[3]);
     open(&walden);
     agent.wait_status(MINUTE, "the gap", |status| {
