@@ -42,8 +42,8 @@ pub struct ArchiverSettings {
     pub state_path: PathBuf,
     /// How long the spool's lock is waited for: a killed predecessor may need a moment to be gone.
     pub lock_patience: Duration,
-    /// Whether the open segment is shipped in pieces.
-    pub tail: bool,
+    /// How often the open segment is shipped in pieces; `None`: it is not.
+    pub tail_interval: Option<Duration>,
     pub upload_concurrency: usize,
     /// How long a stopping agent may still ship.
     pub stop_timeout: Duration,
@@ -156,7 +156,7 @@ impl Archiver {
                     spool: spool.clone(),
                     backlog: backlog.clone(),
                     tail: tail.clone(),
-                    tail_on: settings.tail,
+                    tail_interval: settings.tail_interval,
                     durable_in_repository: settings.live.durable_in_repository,
                     pace: Pace::default(),
                     wal: wal_seen.clone(),

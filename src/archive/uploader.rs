@@ -102,7 +102,8 @@ pub struct Uploader {
     pub spool: Spool,
     pub backlog: Arc<Backlog>,
     pub tail: Arc<Tail>,
-    pub tail_on: bool,
+    /// `None`: the tail is off.
+    pub tail_interval: Option<Duration>,
     /// The server is told what the repositories hold: commits may wait for it.
     pub durable_in_repository: bool,
     pub pace: Pace,
@@ -229,7 +230,9 @@ impl Uploader {
             while let Some(piece) = self.next_piece(&mut stand) {
                 ships.spawn(self.clone().ship_piece(writer.clone(), piece, cancel.clone()));
             }
+            let due = self.piece_due(&stand).filter(|due| *due > Instant::now());
             tokio::select! {
+                () = tokio::time::sleep_until(due.unwrap_or_else(Instant::now).into()), if due.is_some() => {}
                 () = self.shutdown.cancelled() => {
                     end_renewal(&mut chores, &mut stand).await;
                     return Ended::Shutdown;
@@ -263,7 +266,7 @@ impl Uploader {
                         in_flight.retain(|name| *name != entry.relative);
                         if entry.relative.starts_with("wal/") && let Some(segment) = segment_of(&entry, self.segment_size) {
                             let (uploader, writer) = (self.clone(), writer.clone());
-                            let had_pieces = stand.in_pieces.remove(&segment) || self.tail_on || self.durable_in_repository;
+                            let had_pieces = stand.in_pieces.remove(&segment) || self.tail_interval.is_some() || self.durable_in_repository;
                             if had_pieces && !stand.pieces_stay {
                                 chores.spawn(async move {
                                     Chore::Tidied(uploader.drop_pieces(&writer, segment).await)
@@ -436,13 +439,21 @@ impl Uploader {
         self.board.set_queue(segments, bytes);
     }
 
+    /// From when on a piece may be sent that nobody waits for. Cuts come at the tail's interval, but more often while commits wait for the
+    /// spool: then it is the interval that counts.
+    fn piece_due(&self, stand: &Stand) -> Option<Instant> {
+        let cut_for_commits = self.board.is_waited_for() && !self.durable_in_repository;
+        let interval = self.tail_interval.filter(|_| cut_for_commits).unwrap_or_default();
+        Some(stand.piece_sent? + self.pace.spacing().max(interval))
+    }
+
     /// The next piece to send, if there is something new and its turn has come.
     fn next_piece(&self, stand: &mut Stand) -> Option<Box<Piece>> {
         let is_waited_for = self.durable_in_repository && self.board.is_waited_for();
         let is_demanded = self.tail.demanded().is_some_and(|end| stand.reach < end);
         let is_urgent = is_waited_for || is_demanded || self.tail.is_ending();
         // Commits that wait need the pieces also where the tail is off, and so do a base backup and an agent that stops.
-        if !self.tail_on && !is_urgent {
+        if self.tail_interval.is_none() && !is_urgent {
             return None;
         }
         let in_flight = stand.courses.in_flight();
@@ -452,7 +463,7 @@ impl Uploader {
         if stand.piece_not_before.is_some_and(|at| Instant::now() < at) {
             return None;
         }
-        if !is_urgent && stand.piece_sent.is_some_and(|sent| sent.elapsed() < self.pace.spacing()) {
+        if !is_urgent && self.piece_due(stand).is_some_and(|due| Instant::now() < due) {
             return None;
         }
         let settings = self.wal.borrow().clone()?;

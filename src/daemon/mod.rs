@@ -110,7 +110,7 @@ pub fn archiver_settings(settings: &Settings, connect: ConnectSettings) -> Archi
         spool_path: settings.spool.path.clone(),
         state_path: settings.state.path.clone(),
         lock_patience: LOCK_PATIENCE,
-        tail: settings.archive.tail_interval.is_some(),
+        tail_interval: settings.archive.tail_interval,
         upload_concurrency: settings.upload.concurrency,
         stop_timeout: settings.archive.stop_timeout,
     }

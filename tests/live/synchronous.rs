@@ -140,6 +140,9 @@ fn a_commit_that_waits_for_the_spool_waits_for_one_flush() {
     let begun = Instant::now();
     (0..50).for_each(|n| sql.run(&format!("INSERT INTO t VALUES ({n})")));
     assert!(begun.elapsed() < Duration::from_secs(10), "50 commits took {:?}", begun.elapsed());
+    // The tail keeps its own pace: each piece is a request.
+    let pieces = files_below(&cluster_folder(&walden.repository(), "main", &postgres).join("tail"));
+    assert!(pieces.len() < 5, "{} pieces", pieces.len());
     assert!(agent.sigterm(MINUTE).success(), "{}", agent.log_tail());
 }
 
