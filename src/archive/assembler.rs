@@ -46,10 +46,15 @@ pub enum Command {
         path: PathBuf,
     },
     Append(Vec<u8>),
+    /// The bytes of the stretch are in the file and may be shipped. They are durable with the next mark.
+    Offer {
+        stretch: Box<Stretch>,
+    },
     /// Flush, then tell: the segment is durable up to the mark.
     Mark {
         mark: Box<Mark>,
-        stretch: Box<Stretch>,
+        /// `None`: all of it was offered before.
+        stretch: Option<Box<Stretch>>,
     },
     /// The segment, or a timeline's last part, is whole.
     Seal {
@@ -108,6 +113,8 @@ struct Open {
     stretch_raw: Checksum,
     stretch_body_len: u64,
     stretch_body_crc32: u32,
+    /// A stretch was offered without a mark behind it.
+    is_unmarked: bool,
 }
 
 impl Assembler {
@@ -145,6 +152,11 @@ impl Assembler {
     /// Bytes of the open segment since the last cut.
     pub fn uncut_bytes(&self) -> u64 {
         self.open.as_ref().map_or(0, |open| open.stretch_raw.length)
+    }
+
+    /// Whether bytes of the open segment came since the last mark.
+    pub fn has_unmarked(&self) -> bool {
+        self.open.as_ref().is_some_and(|open| open.is_unmarked || open.stretch_raw.length > 0)
     }
 
     /// Takes what is to be done on disk since the last call.
@@ -218,6 +230,7 @@ impl Assembler {
             stretch_raw: Checksum::default(),
             stretch_body_len: 0,
             stretch_body_crc32: 0,
+            is_unmarked: false,
         };
         // The prefix counts for the body, not for the first stretch: a piece brings its own.
         open.body_len = open.out.len() as u64; // a few bytes
@@ -226,16 +239,22 @@ impl Assembler {
         Ok(())
     }
 
-    /// Ends the current stretch: what was taken in becomes durable and shippable. Nothing happens if there is nothing new.
+    /// Ends the current stretch: what was taken in becomes shippable, but not yet durable. Nothing happens if there is nothing new.
+    pub fn offer(&mut self) -> Result<(), AssembleError> {
+        if let Some(stretch) = self.end_stretch()? {
+            self.commands.push(Command::Offer { stretch });
+        }
+        Ok(())
+    }
+
+    /// Ends the current stretch: what was taken in becomes durable and shippable. Nothing happens if all is durable.
     pub fn cut(&mut self) -> Result<(), AssembleError> {
-        let Some(open) = self.open.as_mut() else { return Ok(()) };
-        if open.stretch_raw.length == 0 {
+        if !self.has_unmarked() {
             return Ok(());
         }
-        let before = open.out.len();
-        self.encoder.cut(&mut open.out)?;
-        open.count_body(before);
-        let stretch = open.end_stretch(self.indexer.cut());
+        let stretch = self.end_stretch()?;
+        let Some(open) = self.open.as_mut() else { return Ok(()) };
+        open.is_unmarked = false;
         let mark = Mark {
             format: 1,
             generation: 0, // the file counts
@@ -250,11 +269,22 @@ impl Assembler {
             raw_crc32c: open.raw.crc32c,
             body_crc32: open.body_crc32,
         };
+        self.commands.push(Command::Mark { mark: Box::new(mark), stretch });
+        Ok(())
+    }
+
+    /// Ends the current stretch and hands its bytes over. `None`: there is nothing new.
+    fn end_stretch(&mut self) -> Result<Option<Box<Stretch>>, AssembleError> {
+        let Some(open) = self.open.as_mut().filter(|open| open.stretch_raw.length > 0) else { return Ok(None) };
+        let before = open.out.len();
+        self.encoder.cut(&mut open.out)?;
+        open.count_body(before);
+        let stretch = open.end_stretch(self.indexer.cut());
+        open.is_unmarked = true;
         if !open.out.is_empty() {
             self.commands.push(Command::Append(std::mem::take(&mut open.out)));
         }
-        self.commands.push(Command::Mark { mark: Box::new(mark), stretch: Box::new(stretch) });
-        Ok(())
+        Ok(Some(Box::new(stretch)))
     }
 
     fn end_segment(&mut self) -> Result<(), AssembleError> {

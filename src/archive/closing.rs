@@ -110,7 +110,7 @@ impl HeldWal<'_> {
             match command {
                 Command::Begin { path, .. } => file = Some(OpenSegment::create(self.spool.disk(), &path)?),
                 Command::Append(bytes) => file.as_mut().expect("begun first").append(&bytes)?,
-                Command::Mark { .. } => {}
+                Command::Offer { .. } | Command::Mark { .. } => {}
                 Command::Seal { name, frames, .. } => {
                     let file = file.as_mut().expect("begun first");
                     file.finish(&frames)?;

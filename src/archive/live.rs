@@ -58,7 +58,7 @@ pub struct LiveSettings {
     pub max_delay: Duration,
     /// How long a stopping agent may still ship.
     pub stop_timeout: Duration,
-    /// How often the open segment's new bytes are made durable once the agent has caught up.
+    /// How often the open segment's new bytes are made shippable once the agent has caught up.
     pub cut_interval: Duration,
     /// Sooner, when so many bytes are new.
     pub cut_bytes: Option<u64>,
@@ -505,7 +505,7 @@ impl Live {
             halt: &self.halt,
             shutdown: &self.shutdown,
             server_end: start.held_end,
-            cut_at: Lsn::ZERO,
+            flushing_to: Lsn::ZERO,
             asked_at_end: 0,
             asks: None,
             begun_at: position,

@@ -27,6 +27,9 @@ const GOODBYE: Duration = Duration::from_millis(500);
 const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(5);
 /// One that shuts down asks again as soon as it is answered.
 const ASKS_ON: Duration = Duration::from_secs(1);
+/// How often the open segment's new bytes become durable at most while no commit waits for them. Pieces of it are shipped more often,
+/// and need no flush of their own: the server keeps its WAL until it is told of one.
+const FLUSH_INTERVAL: Duration = Duration::from_secs(1);
 /// A server that answers no request for a reply in this many status intervals is gone; and sooner, so that it is told in time (I19).
 const SILENT_INTERVALS: u32 = 4;
 const SILENT_MAX: Duration = Duration::from_secs(25);
@@ -64,8 +67,8 @@ pub struct Receiver<'a> {
     pub halt: &'a Halt,
     pub shutdown: &'a CancellationToken,
     pub server_end: Lsn,
-    /// Where the last cut was made.
-    pub cut_at: Lsn,
+    /// Up to where the last flush goes that was ordered.
+    pub flushing_to: Lsn,
     /// How often in a row the server asked for an answer although it has sent everything.
     pub asked_at_end: u32,
     /// Since when it shuts down and does so in vain, and when it did last.
@@ -113,6 +116,8 @@ impl Receiver<'_> {
         let mut heard = Instant::now();
         let mut next_status = Instant::now();
         let mut next_cut = Instant::now() + self.settings.cut_interval;
+        // A little early, or the cut just before it would put it off by a whole interval.
+        let mut next_flush = Instant::now();
         let mut last = None;
         // The first messages may have come with the answer to the command.
         if self.take_messages().await? {
@@ -132,7 +137,11 @@ impl Receiver<'_> {
             }
             if now >= next_cut {
                 next_cut = now + self.settings.cut_interval;
-                self.cut_if_caught_up().await?;
+                let is_due = now >= next_flush;
+                if is_due {
+                    next_flush = now + self.settings.cut_interval.max(FLUSH_INTERVAL);
+                }
+                self.cut_if_caught_up(is_due).await?;
                 if now.elapsed() > self.status_interval {
                     // The disk held this loop, and the server was not listened to meanwhile.
                     heard = Instant::now();
@@ -234,13 +243,11 @@ impl Receiver<'_> {
             if self.assembler.has_commands() {
                 self.hand_over().await?;
             }
-            // One flush at a time: under load the bytes between two of them are as many as come in meanwhile.
             if let Some(bytes) = self.settings.cut_bytes
                 && self.assembler.uncut_bytes() >= bytes
                 && self.server_end.bytes_since(self.assembler.position()) < bytes
-                && self.disk.state.borrow().durable >= self.cut_at
             {
-                self.cut_if_caught_up().await?;
+                self.cut_if_caught_up(false).await?;
             }
         }
     }
@@ -341,14 +348,19 @@ impl Receiver<'_> {
         }
     }
 
-    /// Makes the open segment's new bytes durable and shippable, unless there is a backlog: then only whole segments are worth it.
-    async fn cut_if_caught_up(&mut self) -> Result<(), ArchiveError> {
+    /// Makes the open segment's new bytes shippable, and all of them durable with `flush`, unless there is a backlog: then only whole
+    /// segments are worth it.
+    async fn cut_if_caught_up(&mut self, flush: bool) -> Result<(), ArchiveError> {
         let behind = self.server_end.bytes_since(self.assembler.position());
         if self.held.is_some() || behind > self.settings.catching_up_bytes(self.segment_size) {
             return Ok(());
         }
-        self.assembler.cut()?;
-        self.cut_at = self.assembler.position();
+        if flush {
+            self.assembler.cut()?;
+            self.flushing_to = self.assembler.position();
+        } else {
+            self.assembler.offer()?;
+        }
         self.hand_over().await
     }
 
@@ -356,10 +368,10 @@ impl Receiver<'_> {
     /// that those that come meanwhile go together.
     async fn cut_for_commits(&mut self) -> Result<(), ArchiveError> {
         if self.board.is_waited_for()
-            && self.assembler.uncut_bytes() > 0
-            && self.disk.state.borrow().durable >= self.cut_at
+            && self.assembler.has_unmarked()
+            && self.disk.state.borrow().durable >= self.flushing_to
         {
-            self.cut_if_caught_up().await?;
+            self.cut_if_caught_up(true).await?;
         }
         Ok(())
     }

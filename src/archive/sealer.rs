@@ -213,10 +213,16 @@ impl Shared {
                 let (file, _) = open.as_mut().expect("a segment is begun before it is written");
                 self.when_not_full(|| file.append(&bytes))?;
             }
+            Command::Offer { stretch } => {
+                let (_, segment) = open.as_ref().expect("a segment is begun before it is cut");
+                self.tail.push(*segment, *stretch);
+            }
             Command::Mark { mark, stretch } => {
                 let (file, segment) = open.as_mut().expect("a segment is begun before it is marked");
                 // On its way to the repositories while the disk flushes: what they confirm is told only with what is durable here.
-                self.tail.push(*segment, *stretch);
+                if let Some(stretch) = stretch {
+                    self.tail.push(*segment, *stretch);
+                }
                 if let Err(error) = self.when_not_full(|| file.mark((*mark).clone())) {
                     self.void(&error, [(&*file, *segment)]);
                     return Err(error.into());

@@ -158,7 +158,7 @@ impl Writing {
             raw_crc32c: self.raw.crc32c,
             body_crc32: self.body_crc32.clone().finalize(),
         });
-        self.obey(bench, Command::Mark { mark, stretch })
+        self.obey(bench, Command::Mark { mark, stretch: Some(stretch) })
     }
 
     fn seal(mut self, bench: &Bench) -> Sealing {

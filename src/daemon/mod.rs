@@ -24,7 +24,7 @@ use crate::storage::Backoff;
 use crate::telemetry::{Board, BoardRepository, BoardSetup, CauseCode, SystemClock};
 use crate::wal::Lsn;
 
-/// How often new bytes of the open segment become durable when the tail is off.
+/// How often the open segment is cut, and its new bytes become durable, when the tail is off.
 const CUT_INTERVAL: Duration = Duration::from_secs(1);
 /// A killed predecessor may need a moment to be gone.
 const LOCK_PATIENCE: Duration = Duration::from_secs(3);

@@ -2,7 +2,6 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
-use futures_util::{StreamExt, TryStreamExt, stream};
 
 use super::objects::SMALL_OBJECT_BYTES_MAX;
 use super::{
@@ -15,8 +14,8 @@ use crate::wal::{Lsn, SegmentName, SegmentSize, TimelineId};
 /// Bytes that a history file may have.
 const HISTORY_BYTES_MAX: u64 = 1 << 20;
 
-/// Pieces removed at the same time: a busy server's segment may have come in thousands.
-const DELETIONS: usize = 8;
+/// Pieces removed before the lease is looked at again: a busy server's segment may have come in thousands.
+const DELETIONS: usize = 64;
 
 /// A sealed WAL object as it lies on local disk, or in memory.
 #[derive(Clone, Debug)]
@@ -207,12 +206,11 @@ impl RepositoryWriter {
         }
         let pieces = self.archive.pieces(segment).await?;
         let deleted = pieces.len();
-        let deletions = pieces.into_iter().map(|Piece { start, end, compression, .. }| async move {
+        let key = |piece: &Piece| self.archive.keys().piece(segment, piece.start, piece.end, piece.compression);
+        for pieces in pieces.chunks(DELETIONS) {
             self.lease.require()?;
-            let key = self.archive.keys().piece(segment, start, end, compression);
-            Ok::<(), RepositoryError>(self.archive.store().delete(&key).await?)
-        });
-        stream::iter(deletions).buffer_unordered(DELETIONS).try_collect::<()>().await?;
+            self.archive.store().delete_all(&pieces.iter().map(key).collect::<Vec<_>>()).await?;
+        }
         self.archive.store().tidy(&self.archive.keys().pieces_prefix(segment)).await?;
         Ok(deleted)
     }

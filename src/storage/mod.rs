@@ -16,7 +16,7 @@ use std::path::PathBuf;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use futures_util::TryStreamExt;
+use futures_util::{StreamExt, TryStreamExt, stream};
 
 use crate::failure::NextStep;
 
@@ -26,6 +26,9 @@ pub use s3::{S3Settings, ServerSideEncryption, open_s3};
 
 /// The largest piece in which bytes of files are read, sent and handed out: bounded memory, and small enough to stay in a processor's cache.
 const PIECE: usize = 256 * 1024;
+
+/// Requests to delete on their way at the same time.
+const DELETIONS: usize = 8;
 
 /// What to store. `crc32` is of all of the bytes (IEEE, as S3's CRC32), known beforehand; the store proves it.
 #[derive(Clone, Debug)]
@@ -142,6 +145,12 @@ pub trait ObjectStore: Send + Sync + fmt::Debug {
 
     /// Deletes; an absent key is fine.
     async fn delete(&self, key: &str) -> Result<(), StorageError>;
+
+    /// Deletes several, in no order; absent keys are fine. After an error some of them may be gone.
+    async fn delete_all(&self, keys: &[String]) -> Result<(), StorageError> {
+        let deletions: Vec<_> = keys.iter().map(|key| self.delete(key)).collect();
+        stream::iter(deletions).buffer_unordered(DELETIONS).try_collect().await
+    }
 
     /// Removes what writers that died have left directly below `prefix` (which ends with `/`). Never an object.
     async fn tidy(&self, _prefix: &str) -> Result<(), StorageError> {

@@ -224,6 +224,18 @@ pub async fn deleting_is_final_and_may_be_repeated(store: Store) {
     assert_eq!(store.list_folders("delete/").await.unwrap(), Vec::<String>::new());
     assert_eq!(put(&store, "delete/deep/a", &Bytes::from_static(b"2")).await.unwrap(), PutOutcome::Created);
     assert_eq!(read(&store, "delete/deep/a").await, "2");
+    // Several at once, in one folder and in others, and some that are not there.
+    let keys: Vec<String> =
+        ["deep/a", "deep/b", "deep/c", "other/d", "none/e", "deep/f"].map(|key| format!("delete/{key}")).into();
+    for key in &keys[1..4] {
+        put(&store, key, &Bytes::from_static(b"3")).await.unwrap();
+    }
+    put(&store, "delete/deep/stays", &Bytes::from_static(b"4")).await.unwrap();
+    store.delete_all(&keys).await.unwrap();
+    store.delete_all(&[]).await.unwrap();
+    let left: Vec<_> = store.list("delete/", None).await.unwrap().into_iter().map(|object| object.key).collect();
+    assert_eq!(left, ["delete/deep/stays"]);
+    assert_eq!(store.list_folders("delete/").await.unwrap(), ["deep"]);
 }
 
 /// The smallest part that S3 allows before the last.

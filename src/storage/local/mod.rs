@@ -171,7 +171,17 @@ impl ObjectStore for LocalStore {
     async fn delete(&self, key: &str) -> Result<(), StorageError> {
         check_key(&self.tree.url, key)?;
         let (tree, key) = (self.tree.clone(), key.to_owned());
-        blocking(move || delete(&tree, &key)).await
+        blocking(move || delete_in(&tree, split(&key).0, std::slice::from_ref(&key))).await
+    }
+
+    async fn delete_all(&self, keys: &[String]) -> Result<(), StorageError> {
+        keys.iter().try_for_each(|key| check_key(&self.tree.url, key))?;
+        let (tree, keys) = (self.tree.clone(), keys.to_vec());
+        blocking(move || {
+            keys.chunk_by(|a, b| split(a).0 == split(b).0)
+                .try_for_each(|keys| delete_in(&tree, split(&keys[0]).0, keys))
+        })
+        .await
     }
 
     async fn tidy(&self, prefix: &str) -> Result<(), StorageError> {
@@ -205,18 +215,25 @@ pub(super) async fn blocking<T: Send + 'static>(
     }
 }
 
-fn delete(tree: &Tree, key: &str) -> Result<(), StorageError> {
-    let (folder, name) = split(key);
-    let directory = match tree.open(folder) {
-        Ok(Some(directory)) => directory,
-        Ok(None) => return Ok(()),
-        Err(error) => return Err(error),
-    };
-    match rustix::fs::unlinkat(&directory, name, AtFlags::empty()) {
-        Ok(()) => flush_directory(&directory).map_err(|errno| tree.error(errno, "flushing the directory of", key))?,
-        Err(Errno::NOENT) => {}
-        Err(errno) => return Err(tree.error(errno, "deleting", key)),
+/// Deletes objects of one directory, with one flush for all of them.
+fn delete_in(tree: &Tree, folder: &str, keys: &[String]) -> Result<(), StorageError> {
+    let Some(directory) = tree.open(folder)? else { return Ok(()) };
+    let mut is_changed = false;
+    let mut result = Ok(());
+    for key in keys {
+        match rustix::fs::unlinkat(&directory, split(key).1, AtFlags::empty()) {
+            Ok(()) => is_changed = true,
+            Err(Errno::NOENT) => {}
+            Err(errno) => {
+                result = Err(tree.error(errno, "deleting", key));
+                break;
+            }
+        }
     }
+    if is_changed {
+        flush_directory(&directory).map_err(|errno| tree.error(errno, "flushing the directory", folder))?;
+    }
+    result?;
     tree.remove_empty(folder);
     Ok(())
 }

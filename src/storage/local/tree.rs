@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags};
+use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 
 use crate::storage::StorageError;
@@ -38,6 +38,9 @@ impl Tree {
     /// The directory `key` for reading; `None` if it is not there. A missing root is an error: an unmounted repository is not an empty one.
     pub(super) fn open(&self, key: &str) -> Result<Option<OwnedFd>, StorageError> {
         let mut directory = self.open_root()?;
+        if let Some(found) = open_below(&directory, key) {
+            return Ok(Some(found));
+        }
         for part in parts(key) {
             directory = match open_child(&directory, part) {
                 Ok(child) => child,
@@ -64,6 +67,9 @@ impl Tree {
     fn make_below(&self, root: &OwnedFd, key: &str) -> Result<OwnedFd, (&'static str, Errno)> {
         let failed = |errno| ("creating the directory", errno);
         let known = self.is_flushed(key);
+        if known && let Some(found) = open_below(root, key) {
+            return Ok(found);
+        }
         let mut directory = rustix::io::dup(root).map_err(failed)?;
         for part in parts(key) {
             let created = match rustix::fs::mkdirat(&directory, part, DIRECTORY_MODE) {
@@ -245,6 +251,14 @@ fn remove_stale(directory: &OwnedFd) -> Result<(), Errno> {
 
 fn open_child(directory: &OwnedFd, name: &str) -> Result<OwnedFd, Errno> {
     rustix::fs::openat(directory, name, OPEN_DIRECTORY | OFlags::NOFOLLOW, Mode::empty())
+}
+
+/// The directory in one step, again without following a symbolic link. `None`: it is not there, or the kernel does not know how (before
+/// Linux 5.6), or forbids it; then each step tells.
+fn open_below(root: &OwnedFd, key: &str) -> Option<OwnedFd> {
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+    let key = if key.is_empty() { "." } else { key };
+    rustix::fs::openat2(root, key, OPEN_DIRECTORY, Mode::empty(), resolve).ok()
 }
 
 fn parts(key: &str) -> impl Iterator<Item = &str> {
