@@ -222,6 +222,7 @@ impl Archiver {
             host: 0,
             avoid: None,
             streaming,
+            timeline_begin: Lsn::ZERO,
             slot_at: Lsn::ZERO,
             guard: SyncGuard::new(settings.live.on_delay, settings.live.max_delay),
         };

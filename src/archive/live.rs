@@ -101,6 +101,8 @@ pub struct Live {
     /// That host is behind what is held: another one is tried first.
     pub avoid: Option<usize>,
     pub streaming: watch::Sender<Option<Streaming>>,
+    /// Where the timeline that is streamed begins; zero if that is not known.
+    pub timeline_begin: Lsn,
     /// Where the slot stood at the last connection; zero if that is not known.
     pub slot_at: Lsn,
     pub guard: SyncGuard,
@@ -276,6 +278,9 @@ impl Live {
             Some(held) => self.next_start(&mut connection, &info, held, &assembler_settings).await?,
         };
         let start = self.by_way(&mut connection, start, &assembler_settings).await?;
+        let history = self.history(&mut connection, info.timeline).await?;
+        let range = history.and_then(|history| history.range_of(start.timeline));
+        self.timeline_begin = range.map_or(Lsn::ZERO, |(begin, _)| begin);
         self.store_histories(&mut connection, start.timeline, info.timeline).await?;
         Ok((connection, start, assembler_settings, status_interval))
     }
@@ -464,7 +469,7 @@ impl Live {
             _ => None,
         });
         self.tail.clear();
-        self.board.set_timeline(start.timeline);
+        self.board.set_timeline(start.timeline, self.timeline_begin);
         self.board.set_durable(start.held_end);
         self.guard.begin(start.held_end);
         self.backlog.set_sealed_end(start.timeline.get(), start.sealed_until);

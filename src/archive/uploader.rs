@@ -431,8 +431,9 @@ impl Uploader {
         if let Some((timeline, sealed)) = self.whole_until().filter(|_| stand.joined) {
             stand.courses.forget_before(timeline, sealed);
             let reach = stand.courses.reach(timeline, sealed, self.segment_size);
-            stand.reach = reach;
-            self.shown.set_archived(reach);
+            // Behind a switch the old timeline may have gone on, which says nothing of the new one.
+            stand.reach = self.board.on_timeline(timeline, reach);
+            self.shown.set_archived(stand.reach);
             self.confirmed.set(self.shown.name(), timeline, reach);
         }
         let (segments, bytes) = self.backlog.depth();

@@ -71,6 +71,7 @@ struct Facts {
     system_identifier: Option<SystemIdentifier>,
     segment_size: Option<SegmentSize>,
     timeline: Option<TimelineId>,
+    timeline_begin: Lsn,
     samples: FlushSamples,
     /// `received` when it was last looked at, and since when (monotonic) it has stood there.
     received_seen: (Option<Lsn>, Duration),
@@ -110,6 +111,7 @@ impl Board {
             system_identifier: None,
             segment_size: None,
             timeline: None,
+            timeline_begin: Lsn::ZERO,
             samples: FlushSamples::default(),
             received_seen: (None, setup.clock.monotonic()),
             connected_since: None,
@@ -158,8 +160,17 @@ impl Board {
         facts.segment_size = Some(segment_size);
     }
 
-    pub fn set_timeline(&self, timeline: TimelineId) {
-        self.facts().timeline = Some(timeline);
+    /// The timeline that is archived now, and where it begins: its switch, or zero for the first.
+    pub fn set_timeline(&self, timeline: TimelineId, begin: Lsn) {
+        let mut facts = self.facts();
+        (facts.timeline, facts.timeline_begin) = (Some(timeline), begin);
+    }
+
+    /// A position on `timeline` as one on the timeline that is archived now: of another one no more than what lies before the switch
+    /// belongs to it.
+    pub fn on_timeline(&self, timeline: TimelineId, position: Lsn) -> Lsn {
+        let facts = self.facts();
+        if facts.timeline.is_none_or(|of| of == timeline) { position } else { position.min(facts.timeline_begin) }
     }
 
     /// WAL streams. Clears `not_connected`.

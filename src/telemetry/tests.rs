@@ -51,7 +51,7 @@ const SEGMENT: u64 = 16 * MIB;
 
 fn stream(board: &Board, position: u64, archived: u64) {
     board.set_identity(SystemIdentifier::new(7_000_000_000_000_000_001), SegmentSize::DEFAULT);
-    board.set_timeline(TimelineId::FIRST);
+    board.set_timeline(TimelineId::FIRST, Lsn::ZERO);
     board.set_received(Lsn::new(position));
     board.set_durable(Lsn::new(position));
     for repository in board.repositories() {

@@ -1,6 +1,7 @@
 //! Several hosts: a primary and its standby in one list. The agent follows the primary, and a failover leaves no gap.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
 use walden::wal::Lsn;
@@ -194,6 +195,8 @@ fn promote_the_lagging_standby(major: u32) {
     let old = ledger.entries().to_vec();
     drop(ledger);
     primary.stop_immediate();
+    let allow = |mode| fs::set_permissions(walden.repository(), fs::Permissions::from_mode(mode)).expect("changed");
+    allow(0);
     standby.start();
     standby.psql("SELECT pg_promote()");
     standby.wait_promoted(MINUTE);
@@ -201,6 +204,11 @@ fn promote_the_lagging_standby(major: u32) {
     let mut new = common.clone();
     new.extend(ledger.commit_many(10));
     drop(ledger);
+    // The old timeline's end, which the repository holds, lies behind all of that.
+    agent.wait_status(MINUTE, "the new timeline's WAL to be at risk", |status| {
+        status["timeline"] == 2 && status["rpo_bytes"].as_u64() > Some(0) && status["rpo_seconds"].as_f64() > Some(3.0)
+    });
+    allow(0o700);
     let end = standby.switch_wal();
     agent.wait_status(MINUTE, "the new timeline", |status| status["timeline"] == 2);
     agent.wait_archived(end, MINUTE);
