@@ -53,7 +53,18 @@ impl Live {
         if until <= segment.start() {
             return Ok(if held.is_known { Compared::NotHeld } else { Compared::Unknown });
         }
-        let compared = tokio::time::timeout(COMPARE_LIMIT, self.compare_with_server(segment, until, held.parts));
+        self.compare_parts(segment.timeline(), segment.start(), until, held.parts).await
+    }
+
+    /// Compares what the server has of `[from, until)` in one segment with `parts`, the first of which begins at `from`.
+    pub(super) async fn compare_parts(
+        &self,
+        timeline: TimelineId,
+        from: Lsn,
+        until: Lsn,
+        parts: Vec<HeldPart>,
+    ) -> Result<Compared, ArchiveError> {
+        let compared = tokio::time::timeout(COMPARE_LIMIT, self.compare_with_server(timeline, from, until, parts));
         let compared = tokio::select! {
             compared = compared => compared,
             () = self.shutdown.cancelled() => return Err(ArchiveError::Stopping),
@@ -63,7 +74,7 @@ impl Live {
             Ok(Err(ArchiveError::Diverged { at })) => Ok(Compared::Differs(at)),
             // WAL that was removed is no proof of anything, nor is a connection that was lost.
             Ok(Err(ArchiveError::Postgres(error))) => {
-                tracing::debug!(%segment, %error, "it could not be compared with the server's");
+                tracing::debug!(%from, %error, "it could not be compared with the server's");
                 Ok(Compared::Unknown)
             }
             Ok(Err(error)) => Err(error),
@@ -73,14 +84,15 @@ impl Live {
 
     async fn compare_with_server(
         &self,
-        segment: SegmentName,
+        timeline: TimelineId,
+        from: Lsn,
         until: Lsn,
         parts: Vec<HeldPart>,
     ) -> Result<Compared, ArchiveError> {
         let connection = ReplicationConnection::connect(&self.connected_host()).await?;
-        let mut held = HeldBytes::read(self.spool.clone(), self.system, parts, segment.start(), until, &self.stores);
+        let mut held = HeldBytes::read(self.spool.clone(), self.system, parts, from, until, &self.stores);
         // Without a slot: nothing is confirmed, so no slot moves.
-        let started = connection.start_replication(None, segment.start(), segment.timeline()).await?;
+        let started = connection.start_replication(None, from, timeline).await?;
         let StartOutcome::Streaming(mut stream) = started else { return Ok(Compared::Unknown) };
         while stream.next_lsn() < until {
             let bytes = match stream.next_message()? {

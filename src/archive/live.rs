@@ -281,6 +281,7 @@ impl Live {
         let history = self.history(&mut connection, info.timeline).await?;
         let range = history.and_then(|history| history.range_of(start.timeline));
         self.timeline_begin = range.map_or(Lsn::ZERO, |(begin, _)| begin);
+        self.prove_stored(&info, &start, range.and_then(|(_, switch)| switch)).await?;
         self.store_histories(&mut connection, start.timeline, info.timeline).await?;
         Ok((connection, start, assembler_settings, status_interval))
     }

@@ -36,6 +36,7 @@ mod ship;
 mod slot;
 mod start;
 mod stopping;
+mod stored;
 mod tail;
 mod tenure;
 mod turn;

@@ -3,7 +3,7 @@
 //! The segment before stays for a while after it is whole: a repository that has its beginning in pieces gets the rest as a piece too,
 //! so that nothing waits for the upload of a whole segment.
 
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -14,7 +14,7 @@ use tokio::sync::watch;
 use super::assembler::{AssemblerSettings, Stretch, header_of};
 use crate::seal::{Encoder, ObjectKind, combine_crc32};
 use crate::storage::Body;
-use crate::wal::{Lsn, SegmentName};
+use crate::wal::{Lsn, SegmentName, TimelineId};
 
 /// Stretches kept apart at most; beyond that, neighbours are joined, so that memory stays bounded however long a store is away.
 const STRETCHES_MAX: usize = 256;
@@ -56,6 +56,10 @@ struct State {
     ending: bool,
     /// A base backup waits for the WAL up to here.
     demanded: Option<Lsn>,
+    /// Repositories that were asked whether the server has what they hold of the timeline, and whether it does.
+    judged: BTreeMap<(String, TimelineId), bool>,
+    /// Those that did not answer. Asking them again would hold up the next session as well.
+    silent: BTreeSet<String>,
 }
 
 /// For whoever waits for WAL of the open segment to be in the repositories. Clones share it.
@@ -130,7 +134,7 @@ pub struct TailedSegment {
 pub struct Tail {
     state: Mutex<State>,
     changed: watch::Sender<u64>,
-    /// Changes when a repository cannot go on at any cut that there is.
+    /// Changes when a repository cannot go on at any cut that there is, or when what it holds is still to be proven.
     recut: watch::Sender<u64>,
 }
 
@@ -243,6 +247,41 @@ impl Tail {
         if is_new {
             self.recut.send_modify(|n| *n += 1);
         }
+    }
+
+    /// Whether what the repository holds of the timeline is the server's own WAL, which may be gone on with, and replaced. `None`: it
+    /// was not asked yet, or did not answer.
+    pub fn judged(&self, repository: &str, timeline: TimelineId) -> Option<bool> {
+        self.with(|state| {
+            state
+                .judged
+                .iter()
+                .find(|((name, of), _)| name == repository && *of == timeline)
+                .map(|(_, is_ours)| *is_ours)
+        })
+    }
+
+    pub fn set_judged(&self, repository: &str, timeline: TimelineId, is_ours: bool) {
+        self.with(|state| state.judged.insert((repository.into(), timeline), is_ours));
+    }
+
+    pub fn is_silent(&self, repository: &str) -> bool {
+        self.with(|state| state.silent.contains(repository))
+    }
+
+    pub fn set_silent(&self, repository: &str) {
+        self.with(|state| state.silent.insert(repository.into()));
+    }
+
+    /// Another agent may write to it from now on.
+    pub fn forget_judged(&self, repository: &str) {
+        self.with(|state| state.judged.retain(|(name, _), _| name != repository));
+    }
+
+    /// The repository answers, but did not when the session began: the next one begins with the proof.
+    pub fn prove_again(&self, repository: &str) {
+        self.with(|state| state.silent.remove(repository));
+        self.recut.send_modify(|n| *n += 1);
     }
 
     /// A repository goes on there: no join may swallow it.

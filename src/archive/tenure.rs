@@ -27,6 +27,7 @@ impl Uploader {
                 () = shutdown.cancelled() => Ended::Shutdown,
             };
             let name = self.shown.name();
+            self.tail.forget_judged(name);
             was_taken = matches!(ended, Ended::LeaseLost { by: Some(_) });
             match ended {
                 Ended::LeaseLost { by: Some(by) } => {

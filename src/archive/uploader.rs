@@ -46,6 +46,8 @@ pub(super) const SILENT_AFTER: Duration = Duration::from_secs(15);
 const WHOLE_PATIENCE: Duration = Duration::from_secs(5);
 /// How long the store is not asked again what it holds.
 const ASK_PAUSE: Duration = Duration::from_millis(300);
+/// How often the live path is asked to compare with the server what a repository holds, which begins the stream anew.
+const PROOF_PAUSE: Duration = Duration::from_secs(30);
 /// How long a piece is left alone whose bytes could not be read.
 const PIECE_PAUSE: Duration = Duration::from_millis(500);
 
@@ -151,6 +153,8 @@ struct Stand {
     tidied: Option<TimelineId>,
     /// Pieces stay: this agent may not delete.
     pieces_stay: bool,
+    /// When the live path was last asked for the proof that what is stored is the server's.
+    proof_asked: Option<Instant>,
     /// The last look failed, or came too early.
     ask_not_before: Option<Instant>,
     /// Segments of which pieces were found then.
@@ -267,7 +271,7 @@ impl Uploader {
                         if entry.relative.starts_with("wal/") && let Some(segment) = segment_of(&entry, self.segment_size) {
                             let (uploader, writer) = (self.clone(), writer.clone());
                             let had_pieces = stand.in_pieces.remove(&segment) || self.tail_interval.is_some() || self.durable_in_repository;
-                            if had_pieces && !stand.pieces_stay {
+                            if had_pieces && !stand.pieces_stay && self.is_proven(segment) {
                                 chores.spawn(async move {
                                     Chore::Tidied(uploader.drop_pieces(&writer, segment).await)
                                 });
@@ -331,11 +335,24 @@ impl Uploader {
             let (uploader, writer) = (self.clone(), writer.clone());
             chores.spawn(async move { Chore::Listed { from, found: uploader.list_pieces(&writer, from).await } });
         }
-        if let Some(listed) = stand.listed.filter(|from| stand.tidied != Some(from.timeline())) {
+        let unproven = |from: &SegmentName| self.tail.judged(self.shown.name(), from.timeline()).is_none();
+        if stand.listed.is_some_and(|from| unproven(&from))
+            && stand.proof_asked.is_none_or(|at| at.elapsed() > PROOF_PAUSE)
+        {
+            stand.proof_asked = Some(Instant::now());
+            self.tail.prove_again(self.shown.name());
+        }
+        let untidied = |from: &SegmentName| stand.tidied != Some(from.timeline()) && self.is_proven(*from);
+        if let Some(listed) = stand.listed.filter(untidied) {
             stand.tidied = Some(listed.timeline());
             let (uploader, writer) = (self.clone(), writer.clone());
             chores.spawn(async move { Chore::Tidied(uploader.tidy_pieces(&writer, listed).await) });
         }
+    }
+
+    /// Whether what is stored of the segment's timeline is known to be the server's own.
+    fn is_proven(&self, segment: SegmentName) -> bool {
+        self.tail.judged(self.shown.name(), segment.timeline()) == Some(true)
     }
 
     /// A store that hangs fails no request for a long time; that it does not answer shows sooner (I19).
@@ -470,7 +487,10 @@ impl Uploader {
         let settings = self.wal.borrow().clone()?;
         for at in self.segments_to_tail(stand, is_urgent) {
             // A timeline's history comes first (I10), and so does the list of what is there.
-            if !stand.is_listed(at.segment) || self.backlog.lacks_history(self.shown.name(), at.segment.timeline()) {
+            if !stand.is_listed(at.segment)
+                || !self.is_proven(at.segment)
+                || self.backlog.lacks_history(self.shown.name(), at.segment.timeline())
+            {
                 return None;
             }
             let (from, until) = stand.courses.next(at.segment);

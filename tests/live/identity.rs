@@ -1,13 +1,14 @@
 //! Servers that are not the one whose WAL is held: refused, told with the first differing LSN, and nothing held is changed.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use walden::wal::{Lsn, SegmentName, TimelineId};
 
 use super::restore::restore;
-use super::streaming::{archive_all, few, majors, turns};
+use super::streaming::{archive_all, few, majors, turns, turns_on};
 use crate::support::ledger::assert_rows;
 use crate::support::oracle::{cluster_folder, compare_stored, files_below, stored_segments};
 use crate::support::{Agent, Ledger, Postgres, Stage, Walden, has_cause, is_full, wait_until};
@@ -252,6 +253,74 @@ fn a_rolled_back_copy_is_found_at_its_first_differing_byte() {
         assert!(agent.is_running(), "a refusal while running goes on answering");
         agent.sigterm(MINUTE);
         assert_eq!(before, content(&walden.repository()), "the repository was changed");
+    }
+}
+
+/// The whole host is put back as it was: the server, and the agent's spool and state with it. Between the two nothing differs; what
+/// differs is in the repository alone, in the pieces of the open segment, or behind them. Nobody is told that those acknowledged bytes
+/// are still there unless it is seen before the segment is whole (I6, I7). A repository that is away when the agent starts is asked as
+/// soon as it is back.
+#[test]
+fn a_host_that_is_put_back_with_its_spool_is_found() {
+    for (major, (behind, away)) in turns_on(&[13, 18], &[(true, false), (false, true)]) {
+        let stage = Stage::new("snapshot");
+        let mut postgres = Postgres::builder(major).setting("wal_keep_size", "64MB").start(&stage);
+        let walden = Walden::local(&stage, &postgres, "[upload]\nretry_delay_max = \"1s\"\n");
+        let mut agent = walden.run_connected();
+        postgres.psql("CREATE TABLE rows (n int PRIMARY KEY, padding text)");
+        archive_all(&postgres, &mut agent);
+        let write = |postgres: &Postgres, word: &str, rows: u32| {
+            let sql = postgres.connect().expect("a session");
+            for row in 0..rows {
+                sql.run(&format!("INSERT INTO rows VALUES ({row}, repeat('{word}', 6000))"));
+                sql.run(&format!("SELECT pg_logical_emit_message(true, 'same', repeat('{word}', 60000))"));
+            }
+            sql.value("SELECT pg_current_wal_flush_lsn()").parse::<Lsn>().expect("an LSN")
+        };
+        // So that the snapshot has bytes of the open segment as well.
+        let end = write(&postgres, "both", 3);
+        agent.wait_archived(end, MINUTE);
+        assert!(agent.sigterm(MINUTE).success(), "{}", agent.log_tail());
+        postgres.psql("DELETE FROM rows");
+        postgres.stop_fast();
+        let parts = [postgres.data.clone(), walden.spool(), walden.state()];
+        let copy_of = |part: &Path| part.with_extension("snapshot");
+        for part in &parts {
+            assert!(stage.command("cp").arg("-a").arg(part).arg(copy_of(part)).status().expect("cp runs").success());
+        }
+        postgres.start();
+        let mut agent = walden.run_connected();
+        let held = write(&postgres, "one ", 10);
+        agent.wait_archived(held, MINUTE);
+        assert!(agent.sigterm(MINUTE).success(), "{}", agent.log_tail());
+        let open = SegmentName::holding(TimelineId::FIRST, held, postgres.segment_size()).to_string();
+        postgres.stop_fast();
+        // What of it was archived, for the comparison.
+        fs::copy(postgres.data.join("pg_wal").join(&open), postgres.oracle.join(&open)).expect("copied");
+        for part in &parts {
+            fs::remove_dir_all(part).expect("removed");
+            fs::rename(copy_of(part), part).expect("put in its place");
+        }
+        postgres.overrides.push("archive_mode=off".into());
+        postgres.start();
+        let end = write(&postgres, "two ", if behind { 2 } else { 14 });
+        assert_eq!(end < held, behind);
+        let repository = walden.repository();
+        let before = content(&repository);
+
+        let allow = |mode| fs::set_permissions(&repository, fs::Permissions::from_mode(mode)).expect("changed");
+        if away {
+            allow(0);
+        }
+        let mut agent = walden.run();
+        if away {
+            agent.wait_durable(end, MINUTE);
+            allow(0o700);
+        }
+        let at = wait_diverged(&mut agent);
+        assert_eq!(at, first_difference(&postgres, &postgres.oracle, TimelineId::FIRST));
+        agent.sigterm(MINUTE);
+        assert_eq!(before, content(&repository), "the repository was changed");
     }
 }
 
