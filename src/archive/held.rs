@@ -270,20 +270,22 @@ async fn find_in_repository(
     size: SegmentSize,
     only: Option<&[TimelineId]>,
 ) -> Result<Option<Held>, ArchiveError> {
-    let mut newest: Option<TimelineId> = None;
+    let is_wanted = |timeline: &TimelineId| only.is_none_or(|only| only.contains(timeline));
+    let mut is_there = false;
     for prefix in [archive.keys().wal_prefix(), archive.keys().tail_prefix()] {
         for folder in archive.list_folders(&prefix).await? {
-            let timeline = TimelineId::from_hex(folder.trim_end_matches('/')).ok();
-            newest = newest.max(timeline.filter(|timeline| only.is_none_or(|only| only.contains(timeline))));
+            is_there |= TimelineId::from_hex(folder.trim_end_matches('/')).is_ok_and(|timeline| is_wanted(&timeline));
         }
     }
-    let Some(timeline) = newest else { return Ok(None) };
+    if !is_there {
+        return Ok(None);
+    }
     let catalog = archive.catalog().await?;
-    let Some(wal) = catalog.timelines.get(&timeline).filter(|wal| wal.holds_wal()) else { return Ok(None) };
-    // Pieces of segments directly behind the last whole one, or behind a hole, or alone if there is no whole one.
-    let open = first_open(&catalog, timeline, wal, size);
-    let run = wal.runs.last().filter(|run| open.is_none_or(|open| open <= run.end));
-    let Some(sealed_end) = run.map(|run| run.end).or(open) else { return Ok(None) };
+    let newest = catalog.timelines.iter().rfind(|(timeline, wal)| is_wanted(timeline) && wal.holds_wal());
+    let Some((&timeline, wal)) = newest else { return Ok(None) };
+    let Some((begin, contiguous)) = without_a_hole(&catalog, timeline, wal) else { return Ok(None) };
+    let run = wal.runs.iter().rfind(|run| begin <= run.start && run.end <= contiguous);
+    let sealed_end = run.map_or(begin, |run| run.end);
     let mut held = Held {
         timeline,
         sealed_end,
@@ -323,20 +325,35 @@ async fn find_in_repository(
     Ok(Some(held))
 }
 
-/// The first of the segments that are there in pieces up to the last one. Pieces are sent several at a time: where a host was lost with
-/// some on their way, those behind the hole do not count, unless the hole is told as a gap.
-fn first_open(catalog: &Catalog, timeline: TimelineId, wal: &TimelineWal, size: SegmentSize) -> Option<Lsn> {
-    let mut first = *wal.pieces.keys().next_back()?;
-    while let Some(before) = first.get().checked_sub(size.get()).map(Lsn::new) {
-        let Some(pieces) = wal.pieces.get(&before) else { break };
-        let end = Lsn::new(before.get() + u64::from(PieceChain::of(pieces).end));
-        let is_told = |gap: &Gap| gap.timeline == timeline && gap.from_lsn <= end && first <= gap.to_lsn;
-        if end < first && catalog.gaps.iter().any(is_told) {
-            break;
-        }
-        first = before;
+/// The last span that a repository holds without a hole. Several objects are on their way at a time: where a host was lost, what had
+/// arrived behind one that had not does not count. A hole that is told as a gap is none, and what lies before the position that
+/// `coverage.json` tells was whole once: what was lost of it since is not to be had again.
+fn without_a_hole(catalog: &Catalog, timeline: TimelineId, wal: &TimelineWal) -> Option<(Lsn, Lsn)> {
+    let mut spans = wal.runs.iter().map(|run| (run.start, run.end)).collect::<Vec<_>>();
+    for (start, pieces) in &wal.pieces {
+        spans.push((*start, Lsn::new(start.get() + u64::from(PieceChain::of(pieces).end))));
     }
-    Some(first)
+    spans.retain(|(start, end)| start < end);
+    spans.sort_unstable();
+    let told = catalog.coverage.as_ref().filter(|coverage| coverage.timeline == timeline).map(|c| c.archived_lsn);
+    let is_gap = |from: Lsn, to: Lsn| {
+        let mut reached = from;
+        let goes_on = |gap: &&Gap, reached| gap.timeline == timeline && gap.from_lsn <= reached && reached < gap.to_lsn;
+        while reached < to {
+            let Some(gap) = catalog.gaps.iter().find(|gap| goes_on(gap, reached)) else { return false };
+            reached = gap.to_lsn;
+        }
+        true
+    };
+    let mut whole: Option<(Lsn, Lsn)> = None;
+    for (start, end) in spans {
+        whole = match whole {
+            Some((begin, reached)) if start <= reached => Some((begin, reached.max(end))),
+            Some((_, reached)) if told.is_none_or(|told| told < start) && !is_gap(reached, start) => break,
+            Some(_) | None => Some((start, end)),
+        };
+    }
+    whole
 }
 
 enum Chunk {

@@ -119,21 +119,38 @@ fn of_two_open_files_the_one_that_reaches_less_far_is_useless() {
     assert!(more.exists());
 }
 
+/// Several objects are on their way at a time, and a host may be lost in between: an agent with an empty spool began behind the hole,
+/// and told the server that all before it was archived (I1, I3).
 #[test]
-fn what_is_held_in_pieces_begins_where_a_hole_does() {
+fn what_is_held_ends_at_the_first_hole_that_is_not_told() {
     use crate::repository::test_support::Sketch;
-    const MIB: u32 = 1 << 20;
-    let first = |sketch: Sketch| {
+    const MIB: u64 = 1 << 20;
+    const ALL: u32 = 1 << 20;
+    let whole = |sketch: Sketch| {
         let catalog = sketch.done();
-        let wal = &catalog.timelines[&TimelineId::FIRST];
-        first_open(&catalog, TimelineId::FIRST, wal, size()).map(|first| first.get() >> 20)
+        catalog.timelines.get(&TimelineId::FIRST).and_then(|wal| {
+            let (begin, end) = without_a_hole(&catalog, TimelineId::FIRST, wal)?;
+            Some((begin.get(), end.get()))
+        })
     };
     let begun = || Sketch::new().segments(1, 1..4);
-    assert_eq!(first(begun()), None, "no pieces");
-    assert_eq!(first(begun().piece(1, 4, 0, 0x100)), Some(4));
-    assert_eq!(first(begun().piece(1, 4, 0, MIB).piece(1, 5, 0, 0x100)), Some(4), "it is not stored whole yet");
-    let hole = || begun().piece(1, 4, 0, 0x100).piece(1, 4, 0x200, MIB).piece(1, 5, 0, 0x100);
-    assert_eq!(first(hole()), Some(4), "the host was lost with some on their way");
-    assert_eq!(first(hole().gap(1, 4 * u64::from(MIB) + 0x100, 5 * u64::from(MIB))), Some(5), "the hole is told");
-    assert_eq!(first(Sketch::new().piece(1, 4, 0, 0x100).piece(1, 6, 0, 0x100)), Some(6), "nothing of the one before");
+    assert_eq!(whole(Sketch::new()), None);
+    assert_eq!(whole(begun()), Some((MIB, 4 * MIB)));
+    assert_eq!(whole(begun().piece(1, 4, 0, 0x100)), Some((MIB, 4 * MIB + 0x100)));
+    let not_whole_yet = begun().piece(1, 4, 0, ALL).piece(1, 5, 0, 0x100);
+    assert_eq!(whole(not_whole_yet), Some((MIB, 5 * MIB + 0x100)));
+    let hole = || begun().piece(1, 4, 0, 0x100).piece(1, 4, 0x200, ALL).piece(1, 5, 0, 0x100);
+    assert_eq!(whole(hole()), Some((MIB, 4 * MIB + 0x100)), "the host was lost with some on their way");
+    let told = hole().gap(1, 4 * MIB + 0x100, 4 * MIB + 0x8000).gap(1, 4 * MIB + 0x8000, 5 * MIB);
+    assert_eq!(whole(told), Some((5 * MIB, 5 * MIB + 0x100)), "the hole is told");
+    let behind = || begun().segments(1, 5..8).piece(1, 8, 0, 0x100);
+    assert_eq!(whole(behind()), Some((MIB, 4 * MIB)), "a later segment arrived before an earlier one");
+    assert_eq!(
+        whole(begun().piece(1, 8, 0, 0x100)),
+        Some((MIB, 4 * MIB)),
+        "the tail was sent before the segments before it"
+    );
+    let covered = |archived| behind().coverage(1, "2026-11-20T03:00:00Z", archived);
+    assert_eq!(whole(covered(4 * MIB)), Some((MIB, 4 * MIB)));
+    assert_eq!(whole(covered(6 * MIB)), Some((5 * MIB, 8 * MIB + 0x100)), "it was whole once");
 }
