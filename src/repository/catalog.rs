@@ -76,6 +76,14 @@ impl TimelineWal {
         self.runs.get(at).copied().filter(|run| run.start <= start)
     }
 
+    /// The end of the last byte held before `from`, where a segment starts, wherever holes are.
+    pub fn last_byte_before(&self, from: Lsn) -> Option<Lsn> {
+        let whole = self.runs.iter().rfind(|run| run.start < from).map(|run| run.end.min(from));
+        let open = self.pieces.range(..from).next_back();
+        let open = open.map(|(start, pieces)| Lsn::new(start.get() + u64::from(PieceChain::of(pieces).end)));
+        whole.max(open)
+    }
+
     /// The end of the last byte held, wherever holes are.
     pub fn last_byte(&self) -> Option<Lsn> {
         let whole = self.runs.last().map(|run| run.end);
@@ -95,22 +103,21 @@ impl Catalog {
     }
 
     /// The timeline that stands for the cluster where none is asked for: the newest that descends from the one archived last, as
-    /// `coverage.json` tells it. A copy that was restored beside it and archived for a while may have taken a higher number. Without
-    /// that hint it is the newest of all.
+    /// `coverage.json` tells it, and that was not archived any more behind the switch. A copy that was restored beside it and archived for
+    /// a while may have taken a higher number. Without that hint it is the newest of all.
     pub fn current_timeline(&self) -> Option<TimelineId> {
         let newest = self.newest_timeline()?;
-        let Some(last) = self.coverage.as_ref().map(|coverage| coverage.timeline) else { return Some(newest) };
-        let descends =
-            |timeline: TimelineId| self.history(timeline).is_some_and(|history| history.range_of(last).is_some());
+        let Some(last) = &self.coverage else { return Some(newest) };
+        let descends = |timeline: TimelineId| {
+            let range = self.history(timeline).and_then(|history| history.range_of(last.timeline));
+            range.is_some_and(|(_, switch)| switch.is_none_or(|switch| last.archived_lsn <= switch))
+        };
         Some(self.timelines.keys().rev().copied().find(|timeline| descends(*timeline)).unwrap_or(newest))
     }
 
-    /// Timelines with WAL that `branch` does not go through and that do not descend from it.
+    /// Timelines with WAL that `branch` does not go through.
     pub fn beside(&self, branch: &TimelineHistory) -> Vec<TimelineId> {
-        let is_beside = |timeline: TimelineId| {
-            branch.range_of(timeline).is_none()
-                && self.history(timeline).is_some_and(|history| history.range_of(branch.timeline()).is_none())
-        };
+        let is_beside = |timeline: TimelineId| branch.range_of(timeline).is_none() && self.history(timeline).is_some();
         let holding = self.timelines.iter().filter(|(_, wal)| wal.holds_wal()).map(|(timeline, _)| *timeline);
         holding.filter(|timeline| is_beside(*timeline)).collect()
     }

@@ -190,7 +190,7 @@ fn the_branch_is_the_one_asked_for_or_the_newest() {
 }
 
 /// A copy was restored beside the cluster and archived under a higher number: what is archived now is another branch, and a restore
-/// without `--timeline` would have given the copy.
+/// without `--timeline` would have given the copy. So would it where the primary that a promotion left behind was archived further.
 #[test]
 fn the_branch_that_is_archived_now_counts_where_a_copy_has_a_higher_number() {
     let left_at = |mib: u64| format!("1\t0/{:X}\tx\n", mib * MIB);
@@ -207,7 +207,7 @@ fn the_branch_that_is_archived_now_counts_where_a_copy_has_a_higher_number() {
         }
     };
     for (covered, chosen, beside) in
-        [(Some(2), 2, vec![3]), (Some(3), 3, vec![2]), (Some(1), 3, vec![2]), (None, 3, vec![2])]
+        [(Some(2), 2, vec![3]), (Some(3), 3, vec![2]), (Some(1), 1, vec![2, 3]), (None, 3, vec![2])]
     {
         let catalog = of_a_copy(covered);
         let branch = choose_branch(&catalog, &request(Target::Latest)).unwrap();
