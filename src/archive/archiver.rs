@@ -44,6 +44,7 @@ pub struct ArchiverSettings {
     pub lock_patience: Duration,
     /// How often the open segment is shipped in pieces; `None`: it is not.
     pub tail_interval: Option<Duration>,
+    pub tail_bytes: u64,
     pub upload_concurrency: usize,
     /// How long a stopping agent may still ship.
     pub stop_timeout: Duration,
@@ -127,6 +128,8 @@ impl Archiver {
         // Again, since what was damaged was set aside.
         if let Ok(Some(held)) = held() {
             backlog.set_sealed_end(held.timeline.get(), held.sealed_end);
+            // Also where the server cannot be reached: who stops the agent must hear what lies in the spool alone.
+            board.set_durable(held.end);
         }
 
         let tail = Tail::new();
@@ -157,6 +160,7 @@ impl Archiver {
                     backlog: backlog.clone(),
                     tail: tail.clone(),
                     tail_interval: settings.tail_interval,
+                    tail_bytes: settings.tail_bytes,
                     durable_in_repository: settings.live.durable_in_repository,
                     pace: Pace::default(),
                     wal: wal_seen.clone(),

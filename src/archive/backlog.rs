@@ -41,6 +41,14 @@ struct State {
 }
 
 impl State {
+    fn first_lacking(&self, repository: &str) -> Option<(u32, Lsn)> {
+        // What waits of a timeline beyond the one that is archived now is of another branch.
+        let newest = self.sealed_end.map_or(u32::MAX, |(timeline, _)| timeline);
+        let mut branch = self.entries.values().take_while(|e| e.timeline <= newest);
+        let lacking = branch.find(|e| !holds(e, repository) && !is_history(e));
+        lacking.map(|e| (e.timeline, Lsn::new(e.order)))
+    }
+
     /// The newest WAL up to the timeline that is archived now.
     fn newest(&self) -> Option<&QueueEntry> {
         let until = self.sealed_end.map_or(u32::MAX, |(timeline, _)| timeline);
@@ -163,13 +171,13 @@ impl Backlog {
 
     /// Where the first segment or gap starts that `repository` lacks, with its timeline. `None`: it has all.
     pub fn first_lacking(&self, repository: &str) -> Option<(u32, Lsn)> {
-        self.with(|state| {
-            // What waits of a timeline beyond the one that is archived now is of another branch.
-            let newest = state.sealed_end.map_or(u32::MAX, |(timeline, _)| timeline);
-            let mut branch = state.entries.values().take_while(|e| e.timeline <= newest);
-            let lacking = branch.find(|e| !holds(e, repository) && !is_history(e));
-            lacking.map(|e| (e.timeline, Lsn::new(e.order)))
-        })
+        self.with(|state| state.first_lacking(repository))
+    }
+
+    /// The same, or where the sealed WAL ends if it has all. One look at both: a segment that is sealed in this moment is either lacking
+    /// or not yet before the end.
+    pub fn whole_until(&self, repository: &str) -> Option<(u32, Lsn)> {
+        self.with(|state| state.first_lacking(repository).or(state.sealed_end))
     }
 
     pub fn set_sealed_end(&self, timeline: u32, end: Lsn) {
@@ -198,6 +206,29 @@ impl Backlog {
             self.record(|queue| queue.update(entry));
         }
         self.tell();
+    }
+
+    /// The repository was seen not to hold WAL in `[from, to)` that it is recorded to hold: what the spool still has of it is shipped again.
+    /// True if there is some. Blocking.
+    pub fn doubt(&self, repository: &str, timeline: TimelineId, from: Lsn, to: Lsn) -> bool {
+        let doubted: Vec<QueueEntry> = self.with(|state| {
+            let inside = |e: &&mut QueueEntry| {
+                e.timeline == timeline.get() && is_wal(e) && (from.get()..to.get()).contains(&e.order)
+            };
+            let held = state.entries.values_mut().filter(inside).filter(|e| holds(e, repository));
+            held.map(|entry| {
+                entry.stored_in.retain(|name| name != repository);
+                entry.clone()
+            })
+            .collect()
+        });
+        for entry in &doubted {
+            self.record(|queue| queue.update(entry));
+        }
+        if !doubted.is_empty() {
+            self.tell();
+        }
+        !doubted.is_empty()
     }
 
     fn is_done(&self, entry: &QueueEntry) -> bool {
@@ -290,4 +321,49 @@ impl Backlog {
 
 fn holds(entry: &QueueEntry, repository: &str) -> bool {
     entry.stored_in.iter().any(|name| name == repository)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    fn entry(number: u64, stored_in: &[&str]) -> QueueEntry {
+        QueueEntry {
+            timeline: 1,
+            order: number * MIB,
+            relative: format!("wal/00000001/{number:024X}.lz4"),
+            stored_size: 1,
+            crc32: 0,
+            stored_in: stored_in.iter().map(|name| (*name).into()).collect(),
+        }
+    }
+
+    fn backlog(entries: Vec<QueueEntry>) -> Backlog {
+        let retry_at = Some(Instant::now() + Duration::from_secs(3600));
+        let index = Index { disk: Disk::default(), folder: PathBuf::new(), queue: None, retry_at };
+        Backlog::new(index, vec!["a".into(), "b".into()], vec!["a".into(), "b".into()], entries)
+    }
+
+    /// A repository was put back as it was while the agent was stopped: a gap was recorded for WAL that the spool had (I4).
+    #[test]
+    fn what_a_repository_is_seen_to_lack_is_shipped_again() {
+        let all = || vec![entry(3, &["a"]), entry(4, &["a"]), entry(5, &["a"]), entry(6, &[])];
+        let backlog = backlog(all());
+        backlog.set_sealed_end(1, Lsn::new(7 * MIB));
+        assert_eq!(backlog.whole_until("a"), Some((1, Lsn::new(6 * MIB))));
+        assert!(
+            !backlog.doubt("a", TimelineId::FIRST, Lsn::new(MIB), Lsn::new(3 * MIB)),
+            "the spool has nothing of it"
+        );
+        assert!(!backlog.doubt("b", TimelineId::FIRST, Lsn::new(MIB), Lsn::new(6 * MIB)), "it lacks them all");
+        assert!(backlog.doubt("a", TimelineId::FIRST, Lsn::new(4 * MIB), Lsn::new(6 * MIB)));
+        assert_eq!(backlog.whole_until("a"), Some((1, Lsn::new(4 * MIB))));
+        assert_eq!(backlog.pending("a", &[], 9).len(), 3);
+        for entry in &all()[1..] {
+            backlog.confirm(entry, "a");
+        }
+        assert_eq!(backlog.whole_until("a"), Some((1, Lsn::new(7 * MIB))), "all is there, up to where it is sealed");
+    }
 }

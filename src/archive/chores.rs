@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use super::gap::{gap_of, show_gaps, tell_gap};
-use super::uploader::{COVERAGE_QUIET, Covered, QUIET_AFTER, Uploader};
+use super::uploader::{COVERAGE_QUIET, Covered, Dropped, QUIET_AFTER, Uploader};
 use crate::repository::{Coverage, ParsedKey, Piece, RepositoryError, RepositoryWriter};
 use crate::seal::Compression;
 use crate::storage::StorageError;
@@ -79,9 +79,15 @@ impl Uploader {
             }
         }
         let catalog = archive.catalog().await?;
-        let held = catalog.timelines.get(&timeline).and_then(|wal| wal.last_byte());
+        let held = catalog.timelines.get(&timeline).and_then(|wal| wal.last_byte_before(from));
         // Nothing of the timeline: the repository begins here, or the timeline does.
         let Some(held) = held.filter(|held| *held < from) else { return Ok(true) };
+        // A repository that was put back as it was lacks what it was seen to hold: what the spool has of it is no gap.
+        let (backlog, name) = (self.backlog.clone(), self.shown.name().to_owned());
+        let doubt = move || backlog.doubt(&name, timeline, held, from);
+        if tokio::task::spawn_blocking(doubt).await.unwrap_or(false) {
+            return Ok(false);
+        }
         let known =
             catalog.gaps.iter().any(|gap| gap.timeline == timeline && gap.from_lsn <= held && from <= gap.to_lsn);
         if !known {
@@ -139,8 +145,10 @@ impl Uploader {
             segment = SegmentName::holding(until.timeline(), Lsn::new(before), self.segment_size);
             match writer.archive().pieces(segment).await {
                 Ok(pieces) if pieces.is_empty() => empty += 1,
-                Ok(_) if !self.drop_pieces(writer, segment).await => return false,
-                Ok(_) => empty = 0,
+                Ok(_) => match self.drop_pieces(writer, segment).await {
+                    Dropped::Denied => return false,
+                    Dropped::Gone | Dropped::Later => empty = 0,
+                },
                 // The next lease brings the next look.
                 Err(_) => break,
             }
@@ -151,14 +159,17 @@ impl Uploader {
         true
     }
 
-    /// The whole segment has replaced its pieces. Without the right to delete they stay, which does no harm: then the answer is false.
-    pub(super) async fn drop_pieces(&self, writer: &RepositoryWriter, segment: SegmentName) -> bool {
+    /// The whole segment has replaced its pieces. Without the right to delete they stay, which does no harm.
+    pub(super) async fn drop_pieces(&self, writer: &RepositoryWriter, segment: SegmentName) -> Dropped {
         // Refused by itself unless the whole segment is stored.
         match writer.delete_pieces(segment).await {
-            Ok(_) => true,
+            Ok(_) | Err(RepositoryError::SegmentMissing { .. }) => Dropped::Gone,
             Err(error) => {
                 tracing::debug!(%segment, %error, "tail pieces stay in the repository");
-                !matches!(error, RepositoryError::Storage(StorageError::Denied { .. }))
+                match error {
+                    RepositoryError::Storage(StorageError::Denied { .. }) => Dropped::Denied,
+                    _ => Dropped::Later,
+                }
             }
         }
     }

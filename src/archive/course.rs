@@ -81,6 +81,12 @@ impl Courses {
         }
     }
 
+    /// Whether one of the segment is on its way.
+    pub fn is_sent(&self, segment: SegmentName) -> bool {
+        let course = self.segments.get(&segment);
+        course.is_some_and(|course| course.ahead.values().any(|(_, state)| *state == Ahead::Sent))
+    }
+
     /// How many are on their way.
     pub fn in_flight(&self) -> usize {
         let sent = |course: &Course| course.ahead.values().filter(|(_, state)| *state == Ahead::Sent).count();

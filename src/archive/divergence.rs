@@ -27,7 +27,9 @@ pub(super) enum Compared {
     Differs(Lsn),
     /// Nobody holds it, by the word of every repository.
     NotHeld,
-    /// A repository does not answer, or the server does not have it any more.
+    /// The server does not have it any more.
+    Gone,
+    /// A repository or the server does not answer.
     Unknown,
 }
 
@@ -73,6 +75,7 @@ impl Live {
             Ok(Ok(compared)) => Ok(compared),
             Ok(Err(ArchiveError::Diverged { at })) => Ok(Compared::Differs(at)),
             // WAL that was removed is no proof of anything, nor is a connection that was lost.
+            Ok(Err(ArchiveError::Postgres(error))) if error.is_wal_removed() => Ok(Compared::Gone),
             Ok(Err(ArchiveError::Postgres(error))) => {
                 tracing::debug!(%from, %error, "it could not be compared with the server's");
                 Ok(Compared::Unknown)
@@ -129,7 +132,7 @@ impl Live {
         let segment = SegmentName::holding(timeline, Lsn::new(last), self.segment_size);
         match self.compare_segment(segment, end, parts).await? {
             Compared::Differs(at) => Err(ArchiveError::Diverged { at }),
-            Compared::Unknown => Ok(false),
+            Compared::Gone | Compared::Unknown => Ok(false),
             Compared::Equal | Compared::NotHeld => Ok(true),
         }
     }
@@ -218,8 +221,8 @@ impl Live {
                 }
                 Ok(Compared::Equal) => equal = Some(start),
                 // Not at hand any more on one of the two sides: nearer ones may be.
-                Ok(Compared::NotHeld | Compared::Unknown) if back > 1 => equal = Some(start),
-                Ok(Compared::NotHeld | Compared::Unknown) | Err(_) => return,
+                Ok(Compared::NotHeld | Compared::Gone | Compared::Unknown) if back > 1 => equal = Some(start),
+                Ok(Compared::NotHeld | Compared::Gone | Compared::Unknown) | Err(_) => return,
             }
         }
     }
@@ -231,7 +234,7 @@ impl Live {
         let segment = SegmentName::holding(held.timeline, Lsn::new(last), self.segment_size);
         match self.compare_segment(segment, server, &held.parts).await {
             Ok(Compared::Differs(at)) => ArchiveError::Diverged { at },
-            Ok(Compared::Equal | Compared::NotHeld | Compared::Unknown) => behind,
+            Ok(Compared::Equal | Compared::NotHeld | Compared::Gone | Compared::Unknown) => behind,
             Err(error) => error,
         }
     }
@@ -244,12 +247,17 @@ impl Live {
         for ancestor in history.ancestors().iter().rev() {
             let Some(last) = ancestor.switch.get().checked_sub(1) else { continue };
             let segment = SegmentName::holding(ancestor.timeline, Lsn::new(last), self.segment_size);
-            if self.held_segment(segment, &[]).await?.end < ancestor.switch {
+            let held = self.held_segment(segment, &[]).await?;
+            if held.end < ancestor.switch {
+                if !held.is_known {
+                    // Without its answer nobody can tell that there is no common history.
+                    return Err(ArchiveError::StoreSilent);
+                }
                 continue;
             }
             return match self.compare_segment(segment, ancestor.switch, &[]).await? {
                 Compared::Differs(at) => Err(ArchiveError::Diverged { at }),
-                Compared::Equal | Compared::NotHeld | Compared::Unknown => {
+                Compared::Equal | Compared::NotHeld | Compared::Gone | Compared::Unknown => {
                     Ok(Some((ancestor.timeline, ancestor.switch)))
                 }
             };

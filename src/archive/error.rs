@@ -77,6 +77,8 @@ pub enum ArchiveError {
     Read { path: PathBuf, source: std::io::Error },
     #[error("{key} was stored, but a look at it does not show it")]
     NotThere { key: String },
+    #[error("what a repository holds is not known, and without it nobody can tell which history this is")]
+    StoreSilent,
     #[error("stopping")]
     Stopping,
     #[error("internal error: {why}")]
@@ -111,6 +113,7 @@ impl ArchiveError {
             | Self::FetchAgain
             | Self::CutAgain
             | Self::NotOurTurn
+            | Self::StoreSilent
             | Self::WalGone { .. }
             | Self::Unadopted { .. }
             | Self::Jump { .. } => NextStep::Retry,
@@ -181,6 +184,7 @@ impl ArchiveError {
             Self::WalGone { .. } => "archiving goes on behind what is lost; take a base backup",
             Self::FetchAgain => "check the spool's disk",
             Self::CutAgain => "nothing: the stream begins again by itself",
+            Self::StoreSilent => "check that every repository is up and can be reached from here; it is asked again",
             Self::NotOurTurn => "nothing: this agent takes over when the other one falls silent",
             Self::Stopping => "nothing: Walden is stopping",
             Self::Wal(_) | Self::Internal { .. } => "report it: this should not happen",

@@ -108,6 +108,12 @@ pub struct Live {
     pub guard: SyncGuard,
 }
 
+/// What ends a session so that the next one begins otherwise.
+struct Signals {
+    missing: watch::Receiver<BTreeSet<SegmentName>>,
+    recut: watch::Receiver<u64>,
+}
+
 /// How the next session begins, by what the one before met.
 #[derive(Clone, Debug)]
 pub enum Way {
@@ -229,12 +235,14 @@ impl Live {
 
     async fn session(&mut self) -> Result<SessionEnd, ArchiveError> {
         let shutdown = self.shutdown.clone();
+        // What they tell of is read while the session is set up: what comes meanwhile ends it as well.
+        let signals = Signals { missing: self.missing.subscribe(), recut: self.tail.subscribe_recut() };
         // A server that hangs must not hold up the end.
         let (connection, start, settings, status_interval) = tokio::select! {
             prepared = self.prepare() => prepared?,
             () = shutdown.cancelled() => return Err(ArchiveError::Stopping),
         };
-        self.stream(connection, start, settings, status_interval).await
+        self.stream(connection, start, settings, status_interval, signals).await
     }
 
     /// Everything that comes before the stream.
@@ -403,6 +411,7 @@ impl Live {
         start: Start,
         settings: AssemblerSettings,
         status_interval: Duration,
+        signals: Signals,
     ) -> Result<SessionEnd, ArchiveError> {
         let slot = self.settings.slot.clone();
         let direct = start.position == start.without_overlap;
@@ -413,7 +422,9 @@ impl Live {
             () = self.shutdown.cancelled() => return Err(ArchiveError::Stopping),
         };
         let result = match started {
-            Ok(StartOutcome::Streaming(stream)) => self.receive(stream, start, assembler, status_interval).await,
+            Ok(StartOutcome::Streaming(stream)) => {
+                self.receive(stream, start, assembler, status_interval, signals).await
+            }
             // Nothing more on this timeline: the next connection asks for the one that follows.
             Ok(StartOutcome::AtEnd { .. }) => Ok(SessionEnd::EndOfTimeline),
             Err(error) => Err(error.into()),
@@ -456,6 +467,7 @@ impl Live {
         start: Start,
         assembler: Assembler,
         status_interval: Duration,
+        signals: Signals,
     ) -> Result<SessionEnd, ArchiveError> {
         let position = start.position;
         let sealed_until = start.sealed_until.max(position);
@@ -503,8 +515,8 @@ impl Live {
             board: &self.board,
             confirmed: self.confirmed.clone(),
             timeline: start.timeline,
-            missing: self.missing.subscribe(),
-            recut: self.tail.subscribe_recut(),
+            missing: signals.missing,
+            recut: signals.recut,
             slot_at: self.slot_at,
             guard: &mut self.guard,
             turn: self.turn.clone(),
@@ -512,6 +524,8 @@ impl Live {
             shutdown: &self.shutdown,
             server_end: start.held_end,
             flushing_to: Lsn::ZERO,
+            flushing_since: None,
+            is_handing_over: false,
             asked_at_end: 0,
             asks: None,
             begun_at: position,

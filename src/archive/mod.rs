@@ -27,6 +27,7 @@ mod identity;
 mod live;
 mod lost;
 mod pace;
+mod piecing;
 mod predecessors;
 mod receiver;
 mod room;

@@ -141,7 +141,7 @@ impl Predecessors {
             }
             if !is_held(writer.archive(), spool, size, entry).await? {
                 // The files go only when all of them are stored.
-                put_spooled(spool, size, &writer, entry, false).await?;
+                put_spooled(spool, size, &writer, entry, false, true).await?;
             }
         }
         Ok(())

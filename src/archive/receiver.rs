@@ -16,12 +16,14 @@ use super::stopping::{LastBytes, server_stops, until};
 use super::turn::Turn;
 use super::{ArchiveError, Halt, LiveSettings};
 use crate::postgres::{ConnectSettings, WalMessage, WalStream};
-use crate::telemetry::Board;
+use crate::telemetry::{Board, CauseCode};
 use crate::wal::{Lsn, PAGE_SIZE, SegmentName, SegmentSize, TimelineId};
 
 /// Requests for an answer in a row, with nothing more to send, that tell a server which shuts down. One that runs does not ask, since
 /// it is told its status more often than it would.
 const SHUTS_DOWN: u32 = 3;
+/// A flush that takes longer is told.
+const FLUSH_PATIENCE: Duration = Duration::from_secs(10);
 const GOODBYE: Duration = Duration::from_millis(500);
 /// How long a server that shuts down may wait for what cannot be confirmed.
 const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(5);
@@ -69,6 +71,10 @@ pub struct Receiver<'a> {
     pub server_end: Lsn,
     /// Up to where the last flush goes that was ordered.
     pub flushing_to: Lsn,
+    /// Orders to the disk may be lost if this is the end: none may follow.
+    pub is_handing_over: bool,
+    /// How far it was when it was last looked at, since when it stands there, and whether that was told.
+    pub flushing_since: Option<(Lsn, Instant, bool)>,
     /// How often in a row the server asked for an answer although it has sent everything.
     pub asked_at_end: u32,
     /// Since when it shuts down and does so in vain, and when it did last.
@@ -83,6 +89,20 @@ impl Receiver<'_> {
     /// Streams until the shutdown, the end of the timeline or a failure. The disk side has finished on return.
     pub async fn run(mut self) -> Result<SessionEnd, ArchiveError> {
         let mut result = self.receive().await;
+        if let Err(error) = &result
+            && self.held.is_none()
+            && !self.is_handing_over
+            && matches!(
+                error,
+                ArchiveError::Postgres(_)
+                    | ArchiveError::Silent { .. }
+                    | ArchiveError::StreamEnded
+                    | ArchiveError::ServerStops
+            )
+        {
+            // What came is worth as much as before: the server may not come back.
+            self.cut_and_leave()?;
+        }
         if matches!(result, Ok(SessionEnd::Shutdown)) {
             // What is there becomes durable and shippable before the end; the last status tells the server.
             result = self.flush_all().await.map(|()| SessionEnd::Shutdown);
@@ -147,6 +167,7 @@ impl Receiver<'_> {
                     heard = Instant::now();
                 }
             }
+            self.tell_slow_flush();
             if now.duration_since(heard) > self.silence_limit() {
                 return Err(ArchiveError::Silent { seconds: now.duration_since(heard).as_secs() });
             }
@@ -172,7 +193,8 @@ impl Receiver<'_> {
                     self.send_status(false).await?;
                     self.cut_for_commits().await?;
                 }
-                changed = recut.changed() => if changed.is_ok() { return Err(ArchiveError::CutAgain) },
+                // A stream that began anew each time would never get past a long overlap.
+                changed = recut.changed(), if self.held.is_none() => if changed.is_ok() { return Err(ArchiveError::CutAgain) },
                 () = turn.is_lost() => return Err(ArchiveError::NotOurTurn),
                 changed = missing.changed() => if changed.is_ok() { return Err(ArchiveError::FetchAgain) },
                 () = confirmed.changed(), if self.settings.durable_in_repository => self.send_status(false).await?,
@@ -198,6 +220,7 @@ impl Receiver<'_> {
             // Compared bytes are copied out, since the comparison may wait for the disk; only the overlap pays for it.
             let mut compare: Option<Vec<u8>> = None;
             let mut reply = false;
+            let mut is_stopping = false;
             match self.stream.next_message()? {
                 None => return Ok(false),
                 Some(WalMessage::EndOfTimeline) => return Ok(true),
@@ -207,6 +230,7 @@ impl Receiver<'_> {
                     reply = reply_requested;
                     let at_end = reply_requested && server_end == self.assembler.position();
                     self.asked_at_end = if at_end { self.asked_at_end.saturating_add(1) } else { 0 };
+                    is_stopping = self.asked_at_end == SHUTS_DOWN;
                     let now = Instant::now();
                     self.asks = match self.asks {
                         None if self.asked_at_end >= SHUTS_DOWN => Some((now, now)),
@@ -236,6 +260,10 @@ impl Receiver<'_> {
                 if self.held.as_ref().is_some_and(HeldBytes::is_done) {
                     self.held = None;
                 }
+            }
+            if is_stopping {
+                // It waits until all is confirmed.
+                self.cut_if_caught_up(true).await?;
             }
             if reply {
                 self.send_status(false).await?;
@@ -291,6 +319,7 @@ impl Receiver<'_> {
     /// Hands the assembler's commands to the disk. While the disk is behind, the server is answered all the same.
     async fn hand_over(&mut self) -> Result<(), ArchiveError> {
         let commands: Vec<_> = self.assembler.take_commands().collect();
+        self.is_handing_over = true;
         for command in commands {
             // Only this loop sends, so room that was seen stays.
             if self.disk.commands.capacity() == 0 {
@@ -298,6 +327,7 @@ impl Receiver<'_> {
             }
             self.disk.commands.try_send(command).map_err(|_| self.disk_gone())?;
         }
+        self.is_handing_over = false;
         Ok(())
     }
 
@@ -345,6 +375,44 @@ impl Receiver<'_> {
                 self.board.set_durable(state.durable);
                 Ok(())
             }
+        }
+    }
+
+    /// Orders a last flush, and waits for nothing.
+    fn cut_and_leave(&mut self) -> Result<(), ArchiveError> {
+        self.assembler.cut()?;
+        for command in self.assembler.take_commands() {
+            // Orders are carried out in turn: without one the next would not fit.
+            if self.disk.commands.try_send(command).is_err() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// A disk that hangs fails nothing for a long time, and commits may wait for it (I19).
+    fn tell_slow_flush(&mut self) {
+        let durable = self.disk.state.borrow().durable;
+        if durable >= self.flushing_to || self.flushing_since.is_some_and(|(seen, ..)| durable > seen) {
+            if self.flushing_since.take().is_some_and(|(.., is_told)| is_told) {
+                self.board.clear(CauseCode::SpoolFailing);
+            }
+            return;
+        }
+        match &mut self.flushing_since {
+            None => self.flushing_since = Some((durable, Instant::now(), false)),
+            // A full spool says so itself.
+            Some((_, since, is_told))
+                if !*is_told && since.elapsed() > FLUSH_PATIENCE && !self.board.is_raised(CauseCode::SpoolFull) =>
+            {
+                *is_told = true;
+                let message = format!(
+                    "the spool's disk has not flushed anything for {} s; check it, since PostgreSQL's commits may wait for it",
+                    FLUSH_PATIENCE.as_secs()
+                );
+                self.board.raise(CauseCode::SpoolFailing, message);
+            }
+            Some(_) => {}
         }
     }
 

@@ -134,6 +134,7 @@ impl Uploader {
         self,
         writer: RepositoryWriter,
         entry: QueueEntry,
+        may_have_pieces: bool,
         cancel: CancellationToken,
     ) -> Shipped {
         let mut backoff = Backoff::new(self.retry_delay_max);
@@ -143,7 +144,7 @@ impl Uploader {
             }
             let began = Instant::now();
             let result = tokio::select! {
-                result = self.put(&writer, &entry) => result,
+                result = self.put(&writer, &entry, may_have_pieces) => result,
                 () = cancel.cancelled() => return Shipped::Cancelled,
             };
             match result {
@@ -202,18 +203,26 @@ impl Uploader {
     }
 
     /// Puts one spooled object and reads back that it is there.
-    async fn put(&self, writer: &RepositoryWriter, entry: &QueueEntry) -> Result<(), ArchiveError> {
-        put_spooled(&self.spool, self.segment_size, writer, entry, self.backlog.goes_once_stored(entry)).await
+    async fn put(
+        &self,
+        writer: &RepositoryWriter,
+        entry: &QueueEntry,
+        may_have_pieces: bool,
+    ) -> Result<(), ArchiveError> {
+        let goes = self.backlog.goes_once_stored(entry);
+        put_spooled(&self.spool, self.segment_size, writer, entry, goes, may_have_pieces).await
     }
 }
 
-/// Puts one spooled object and reads back that it is there. `goes`: its spool file is removed as soon as it is.
+/// Puts one spooled object and reads back that it is there. `goes`: its spool file is removed as soon as it is. `may_have_pieces`: those
+/// that are there of its segment are compared with it first, since it takes their place (I7).
 pub(super) async fn put_spooled(
     spool: &Spool,
     segment_size: SegmentSize,
     writer: &RepositoryWriter,
     entry: &QueueEntry,
     goes: bool,
+    may_have_pieces: bool,
 ) -> Result<(), ArchiveError> {
     let path = spool.folder().join(&entry.relative);
     let unknown = || ArchiveError::Internal { why: format!("{} is no spooled object", entry.relative) };
@@ -244,6 +253,9 @@ pub(super) async fn put_spooled(
     let size = entry.stored_size;
     let body = Body::SealedFile { path, length: size, goes };
     let object = SealedObject { body, size, crc32: entry.crc32, compression };
+    if may_have_pieces {
+        writer.check_pieces(segment, &object).await?;
+    }
     let stored = match piece_end(&entry.relative).filter(|_| entry.relative.starts_with("tail/")) {
         Some(end) => writer.put_piece(segment, 0, end, &object).await?,
         None => writer.put_segment(segment, &object).await?,

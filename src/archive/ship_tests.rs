@@ -20,7 +20,7 @@ impl Bench {
     }
 
     async fn put(&self, entry: &QueueEntry) -> Result<(), ArchiveError> {
-        put_spooled(&self.spool, size(), &self.writer, entry, false).await
+        put_spooled(&self.spool, size(), &self.writer, entry, false, true).await
     }
 
     async fn stored(&self, folder: &str) -> usize {

@@ -10,13 +10,14 @@ use super::divergence::{Compared, stored_parts};
 use super::held::HeldPart;
 use super::live::Live;
 use super::start::Start;
+use crate::failure::NextStep;
 use crate::postgres::SystemInfo;
 use crate::repository::{Archive, PieceChain, RepositoryError};
 use crate::telemetry::CauseCode;
 use crate::wal::{Lsn, PAGE_SIZE, SegmentName, TimelineId};
 
 /// How long a store may take to say what it holds. One that does not answer holds nothing up: it is asked again when it does.
-const ASK_LIMIT: Duration = Duration::from_secs(5);
+const ASK_LIMIT: Duration = Duration::from_secs(15);
 
 enum Proof {
     /// The server has all that is stored, or nobody can tell, which was told.
@@ -47,7 +48,12 @@ impl Live {
                 continue;
             }
             match self.prove_in(archive, start, limit).await? {
-                Proof::Given => self.tail.set_judged(name, timeline, true),
+                Proof::Given => {
+                    if self.tail.judged(name, timeline) == Some(false) {
+                        self.board.clear(CauseCode::Diverged);
+                    }
+                    self.tail.set_judged(name, timeline, true);
+                }
                 Proof::Ahead(_) if !is_current => self.tail.set_judged(name, timeline, true),
                 Proof::Unanswered => self.tail.set_silent(name),
                 Proof::Differs(at) if *required => return Err(ArchiveError::Diverged { at }),
@@ -60,7 +66,7 @@ impl Live {
                     self.board.raise(CauseCode::Diverged, why);
                 }
                 Proof::Ahead(held) => {
-                    self.tail.set_judged(name, timeline, false);
+                    // A standby may catch up: it is asked again.
                     tracing::warn!(repository = name, %held, server = %limit, "the repository holds more than the server has");
                 }
             }
@@ -114,8 +120,9 @@ impl Live {
             };
             match compared {
                 Compared::Differs(at) => return Ok(Proof::Differs(at)),
-                Compared::Unknown if stored > known => self.tell_unproven(until),
-                Compared::Equal | Compared::NotHeld | Compared::Unknown => {}
+                Compared::Unknown => return Ok(Proof::Unanswered),
+                Compared::Gone if stored > known => self.tell_unproven(until),
+                Compared::Equal | Compared::NotHeld | Compared::Gone => {}
             }
         }
         Ok(if stored > limit { Proof::Ahead(stored) } else { Proof::Given })
@@ -133,10 +140,10 @@ impl Live {
         let until = until.min(parts.last().map_or(until, HeldPart::end));
         match self.compare_parts(timeline, from, until, parts.to_vec()).await {
             Err(ArchiveError::Stopping) => Err(ArchiveError::Stopping),
-            // A stored object that cannot be read is no other history, and holds nothing up.
+            // A damaged object is no other history, and holds nothing up; a store that fails now may answer later.
             Err(error) => {
                 tracing::warn!(%from, error = error.describe(), "what is stored could not be compared with the server's WAL");
-                Ok(Compared::Unknown)
+                Ok(if error.next_step() == NextStep::Retry { Compared::Unknown } else { Compared::Gone })
             }
             compared => compared,
         }

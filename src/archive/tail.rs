@@ -305,6 +305,12 @@ impl Tail {
         })
     }
 
+    /// Bytes of the segment that wait from offset `from` on.
+    pub fn bytes_from(&self, segment: SegmentName, from: u64) -> u64 {
+        let end = self.with(|state| state.segments.iter().find(|open| open.segment == segment).map_or(0, Tailed::end));
+        end.saturating_sub(from)
+    }
+
     /// The agent stops.
     pub fn send_the_rest(&self) {
         self.with(|state| state.ending = true);

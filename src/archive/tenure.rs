@@ -27,8 +27,10 @@ impl Uploader {
                 () = shutdown.cancelled() => Ended::Shutdown,
             };
             let name = self.shown.name();
-            self.tail.forget_judged(name);
             was_taken = matches!(ended, Ended::LeaseLost { by: Some(_) });
+            if was_taken || matches!(ended, Ended::NotOurTurn) {
+                self.tail.forget_judged(name);
+            }
             match ended {
                 Ended::LeaseLost { by: Some(by) } => {
                     let message = format!("repository {name}: {by} took the lease; stop one of the two agents");
@@ -134,6 +136,7 @@ impl Uploader {
                 Ok(Some(LeaseAttempt::HeldByOther { agent, host, renewed })) => {
                     let name = self.shown.name();
                     self.turn.is_anothers(name);
+                    self.tail.forget_judged(name);
                     let unreadable = format!(
                         "repository {name}: lease.json cannot be read, so it may be another agent's, and this one stands by; \
                          nothing: unless somebody renews it, this one takes it over after {} s",

@@ -17,7 +17,7 @@ use super::confirmed::Confirmed;
 use super::course::Courses;
 use super::pace::Pace;
 use super::ship::Shipped;
-use super::tail::{Offer, Piece, Tail, TailedSegment};
+use super::tail::Tail;
 use super::tenure::RELEASE_LIMIT;
 use super::turn::Turn;
 use super::{ArchiveError, Halt, Missing};
@@ -36,18 +36,17 @@ const COVERAGE_INTERVAL: Duration = Duration::from_millis(500);
 /// A server that has written nothing for so long is a quiet one, and `coverage.json` is written as seldom as `COVERAGE_QUIET` then.
 pub(super) const QUIET_AFTER: Duration = Duration::from_secs(60);
 pub(super) const COVERAGE_QUIET: Duration = Duration::from_secs(10);
-/// Pieces on their way at the same time while the server's commits wait for them.
-const PIECES_IN_FLIGHT: usize = 4;
 /// How often queue figures are refreshed when nothing happens.
 const IDLE_TICK: Duration = Duration::from_secs(1);
 /// A small request that takes longer is not answered.
 pub(super) const SILENT_AFTER: Duration = Duration::from_secs(15);
-/// How long the upload of a whole segment may take before the rest of it is sent as a piece.
-const WHOLE_PATIENCE: Duration = Duration::from_secs(5);
 /// How long the store is not asked again what it holds.
 const ASK_PAUSE: Duration = Duration::from_millis(300);
 /// How often the live path is asked to compare with the server what a repository holds, which begins the stream anew.
 const PROOF_PAUSE: Duration = Duration::from_secs(30);
+const PROOF_PAUSE_MAX: Duration = Duration::from_secs(600);
+/// How long pieces that could not be removed are left alone.
+const DROP_PAUSE: Duration = Duration::from_secs(5);
 /// How long a piece is left alone whose bytes could not be read.
 const PIECE_PAUSE: Duration = Duration::from_millis(500);
 
@@ -106,6 +105,8 @@ pub struct Uploader {
     pub tail: Arc<Tail>,
     /// `None`: the tail is off.
     pub tail_interval: Option<Duration>,
+    /// A piece is sent sooner when so many bytes wait.
+    pub tail_bytes: u64,
     /// The server is told what the repositories hold: commits may wait for it.
     pub durable_in_repository: bool,
     pub pace: Pace,
@@ -140,43 +141,48 @@ pub(super) enum Ended {
 
 /// Where one repository stands while this agent writes to it.
 #[derive(Default)]
-struct Stand {
+pub(super) struct Stand {
     /// What it holds in front of the first object to ship was looked at.
-    joined: bool,
-    joining: bool,
+    pub(super) joined: bool,
+    pub(super) joining: bool,
     /// It cannot be looked at yet.
-    join_waits: bool,
+    pub(super) join_waits: bool,
     /// The segment from which on the pieces of its timeline were listed.
-    listed: Option<SegmentName>,
-    listing: bool,
+    pub(super) listed: Option<SegmentName>,
+    pub(super) listing: bool,
     /// The timeline in which it was looked for pieces that a crash left.
-    tidied: Option<TimelineId>,
+    pub(super) tidied: Option<TimelineId>,
     /// Pieces stay: this agent may not delete.
-    pieces_stay: bool,
-    /// When the live path was last asked for the proof that what is stored is the server's.
-    proof_asked: Option<Instant>,
+    pub(super) pieces_stay: bool,
+    /// When the live path was last asked for the proof that what is stored is the server's, and how long it is not asked again.
+    pub(super) proof_asked: Option<(Instant, Duration)>,
     /// The last look failed, or came too early.
-    ask_not_before: Option<Instant>,
+    pub(super) ask_not_before: Option<Instant>,
+    /// Segments that are stored whole, whose pieces are to go once they are proven and none of them is on its way any more.
+    pub(super) replaced: BTreeSet<SegmentName>,
+    pub(super) dropping: bool,
+    /// The last attempt failed.
+    pub(super) drop_not_before: Option<Instant>,
     /// Segments of which pieces were found then.
-    in_pieces: BTreeSet<SegmentName>,
-    courses: Courses,
+    pub(super) in_pieces: BTreeSet<SegmentName>,
+    pub(super) courses: Courses,
     /// What the repository holds without a hole.
-    reach: Lsn,
+    pub(super) reach: Lsn,
     /// When the last piece was sent.
-    piece_sent: Option<Instant>,
+    pub(super) piece_sent: Option<Instant>,
     /// A piece could not be read: the file is waited for.
-    piece_not_before: Option<Instant>,
+    pub(super) piece_not_before: Option<Instant>,
     /// Small requests that are on their way, since when.
-    renewing: Option<Instant>,
-    covering: Option<Instant>,
-    covered: Covered,
+    pub(super) renewing: Option<Instant>,
+    pub(super) covering: Option<Instant>,
+    pub(super) covered: Covered,
     /// The lease's renewal failed or is not answered, and that was told.
-    silent: bool,
+    pub(super) silent: bool,
 }
 
 impl Stand {
     /// Whether it is known which pieces are there of a segment.
-    fn is_listed(&self, segment: SegmentName) -> bool {
+    pub(super) fn is_listed(&self, segment: SegmentName) -> bool {
         self.listed.is_some_and(|from| from.timeline() == segment.timeline() && from <= segment)
     }
 }
@@ -191,6 +197,14 @@ pub(super) struct Covered {
     pub(super) written: Option<Instant>,
 }
 
+/// What became of the pieces of a segment that is stored whole.
+pub(super) enum Dropped {
+    Gone,
+    /// This agent may not delete.
+    Denied,
+    Later,
+}
+
 /// What is done beside the uploads, so that none of it holds them up.
 enum Chore {
     Joined(Result<bool, RepositoryError>),
@@ -202,6 +216,10 @@ enum Chore {
     Covered(Option<(PgTime, Lsn)>),
     /// Whether it may delete.
     Tidied(bool),
+    Dropped {
+        segment: SegmentName,
+        done: Dropped,
+    },
 }
 
 impl Uploader {
@@ -229,7 +247,10 @@ impl Uploader {
             let room = self.concurrency.saturating_sub(in_flight.len());
             for entry in self.backlog.pending(self.shown.name(), &in_flight, room) {
                 in_flight.push(entry.relative.clone());
-                ships.spawn(self.clone().ship_entry(writer.clone(), entry, cancel.clone()));
+                // What lies there already must be what takes its place, or the beginning of it.
+                let may_have_pieces = segment_of(&entry, self.segment_size)
+                    .is_some_and(|segment| !stand.is_listed(segment) || stand.in_pieces.contains(&segment));
+                ships.spawn(self.clone().ship_entry(writer.clone(), entry, may_have_pieces, cancel.clone()));
             }
             while let Some(piece) = self.next_piece(&mut stand) {
                 ships.spawn(self.clone().ship_piece(writer.clone(), piece, cancel.clone()));
@@ -268,14 +289,11 @@ impl Uploader {
                 Some(shipped) = ships.join_next() => match shipped {
                     Ok(Shipped::Segment { entry }) => {
                         in_flight.retain(|name| *name != entry.relative);
-                        if entry.relative.starts_with("wal/") && let Some(segment) = segment_of(&entry, self.segment_size) {
-                            let (uploader, writer) = (self.clone(), writer.clone());
-                            let had_pieces = stand.in_pieces.remove(&segment) || self.tail_interval.is_some() || self.durable_in_repository;
-                            if had_pieces && !stand.pieces_stay && self.is_proven(segment) {
-                                chores.spawn(async move {
-                                    Chore::Tidied(uploader.drop_pieces(&writer, segment).await)
-                                });
-                            }
+                        if entry.relative.starts_with("wal/")
+                            && let Some(segment) = segment_of(&entry, self.segment_size)
+                            && (stand.in_pieces.remove(&segment) || self.tail_interval.is_some() || self.durable_in_repository)
+                        {
+                            stand.replaced.insert(segment);
                         }
                         if entry.relative.starts_with("gaps/") && !self.required {
                             // It may be a gap of this repository alone, which was not told before it is known here.
@@ -337,10 +355,24 @@ impl Uploader {
         }
         let unproven = |from: &SegmentName| self.tail.judged(self.shown.name(), from.timeline()).is_none();
         if stand.listed.is_some_and(|from| unproven(&from))
-            && stand.proof_asked.is_none_or(|at| at.elapsed() > PROOF_PAUSE)
+            && stand.proof_asked.is_none_or(|(at, pause)| at.elapsed() > pause)
         {
-            stand.proof_asked = Some(Instant::now());
+            // One that never answers in time must not disturb the others for ever.
+            let pause = stand.proof_asked.map_or(PROOF_PAUSE, |(_, pause)| (pause * 2).min(PROOF_PAUSE_MAX));
+            stand.proof_asked = Some((Instant::now(), pause));
             self.tail.prove_again(self.shown.name());
+        }
+        if stand.pieces_stay {
+            stand.replaced.clear();
+        }
+        if !stand.dropping
+            && stand.drop_not_before.is_none_or(|at| at <= Instant::now())
+            && let Some(&segment) =
+                stand.replaced.iter().find(|segment| self.is_proven(**segment) && !stand.courses.is_sent(**segment))
+        {
+            stand.dropping = true;
+            let (uploader, writer) = (self.clone(), writer.clone());
+            chores.spawn(async move { Chore::Dropped { segment, done: uploader.drop_pieces(&writer, segment).await } });
         }
         let untidied = |from: &SegmentName| stand.tidied != Some(from.timeline()) && self.is_proven(*from);
         if let Some(listed) = stand.listed.filter(untidied) {
@@ -351,7 +383,7 @@ impl Uploader {
     }
 
     /// Whether what is stored of the segment's timeline is known to be the server's own.
-    fn is_proven(&self, segment: SegmentName) -> bool {
+    pub(super) fn is_proven(&self, segment: SegmentName) -> bool {
         self.tail.judged(self.shown.name(), segment.timeline()) == Some(true)
     }
 
@@ -419,6 +451,16 @@ impl Uploader {
                 }
             }
             Chore::Tidied(may_delete) => stand.pieces_stay |= !may_delete,
+            Chore::Dropped { segment, done } => {
+                stand.dropping = false;
+                match done {
+                    Dropped::Gone => {
+                        stand.replaced.remove(&segment);
+                    }
+                    Dropped::Denied => stand.pieces_stay = true,
+                    Dropped::Later => stand.drop_not_before = Some(Instant::now() + DROP_PAUSE),
+                }
+            }
         }
         None
     }
@@ -438,7 +480,7 @@ impl Uploader {
     /// Where the first segment starts that this repository lacks, and its timeline: everything before is there or told as a gap.
     /// A segment that was lost from the spool is waited for (I3).
     pub(super) fn whole_until(&self) -> Option<(TimelineId, Lsn)> {
-        let (timeline, end) = self.backlog.first_lacking(self.shown.name()).or(self.backlog.sealed_end())?;
+        let (timeline, end) = self.backlog.whole_until(self.shown.name())?;
         let timeline = TimelineId::new(timeline).ok()?;
         Some((timeline, self.missing.first_start(timeline).map_or(end, |missing| missing.min(end))))
     }
@@ -447,7 +489,11 @@ impl Uploader {
     fn show(&self, stand: &mut Stand) {
         if let Some((timeline, sealed)) = self.whole_until().filter(|_| stand.joined) {
             stand.courses.forget_before(timeline, sealed);
-            let reach = stand.courses.reach(timeline, sealed, self.segment_size);
+            // Pieces that were found are of nobody's history before they are proven (I1).
+            let reach = match self.tail.judged(self.shown.name(), timeline) {
+                Some(true) => stand.courses.reach(timeline, sealed, self.segment_size),
+                Some(false) | None => sealed,
+            };
             // Behind a switch the old timeline may have gone on, which says nothing of the new one.
             stand.reach = self.board.on_timeline(timeline, reach);
             self.shown.set_archived(stand.reach);
@@ -455,73 +501,6 @@ impl Uploader {
         }
         let (segments, bytes) = self.backlog.depth();
         self.board.set_queue(segments, bytes);
-    }
-
-    /// From when on a piece may be sent that nobody waits for. Cuts come at the tail's interval, but more often while commits wait for the
-    /// spool: then it is the interval that counts.
-    fn piece_due(&self, stand: &Stand) -> Option<Instant> {
-        let cut_for_commits = self.board.is_waited_for() && !self.durable_in_repository;
-        let interval = self.tail_interval.filter(|_| cut_for_commits).unwrap_or_default();
-        Some(stand.piece_sent? + self.pace.spacing().max(interval))
-    }
-
-    /// The next piece to send, if there is something new and its turn has come.
-    fn next_piece(&self, stand: &mut Stand) -> Option<Box<Piece>> {
-        let is_waited_for = self.durable_in_repository && self.board.is_waited_for();
-        let is_demanded = self.tail.demanded().is_some_and(|end| stand.reach < end);
-        let is_urgent = is_waited_for || is_demanded || self.tail.is_ending();
-        // Commits that wait need the pieces also where the tail is off, and so do a base backup and an agent that stops.
-        if self.tail_interval.is_none() && !is_urgent {
-            return None;
-        }
-        let in_flight = stand.courses.in_flight();
-        if in_flight >= if is_waited_for { PIECES_IN_FLIGHT } else { 1 } {
-            return None;
-        }
-        if stand.piece_not_before.is_some_and(|at| Instant::now() < at) {
-            return None;
-        }
-        if !is_urgent && self.piece_due(stand).is_some_and(|due| Instant::now() < due) {
-            return None;
-        }
-        let settings = self.wal.borrow().clone()?;
-        for at in self.segments_to_tail(stand, is_urgent) {
-            // A timeline's history comes first (I10), and so does the list of what is there.
-            if !stand.is_listed(at.segment)
-                || !self.is_proven(at.segment)
-                || self.backlog.lacks_history(self.shown.name(), at.segment.timeline())
-            {
-                return None;
-            }
-            let (from, until) = stand.courses.next(at.segment);
-            if at.closed_for.is_none() {
-                self.tail.stand(self.shown.name(), at.segment, from);
-            }
-            match self.tail.piece(&settings, at.segment, from, until) {
-                Offer::Piece(piece) => {
-                    stand.courses.sent(piece.segment, piece.start, piece.end);
-                    stand.piece_sent = Some(Instant::now());
-                    return Some(piece);
-                }
-                Offer::NotACut { at: offset } if at.closed_for.is_none() => self.tail.want_cut(at.segment, offset),
-                // The rest of a whole one comes with the whole.
-                Offer::Nothing | Offer::NotACut { .. } => {}
-            }
-        }
-        None
-    }
-
-    /// The open segment; and before it one that became whole meanwhile, if its beginning was sent in pieces and the upload of the whole
-    /// one takes its time.
-    fn segments_to_tail(&self, stand: &Stand, is_urgent: bool) -> Vec<TailedSegment> {
-        let mut segments = self.tail.segments();
-        segments.retain(|tailed| {
-            tailed.closed_for.is_none_or(|closed_for| {
-                let (next, _) = stand.courses.next(tailed.segment);
-                next > 0 && next < self.segment_size.get() && (is_urgent || closed_for >= WHOLE_PATIENCE)
-            })
-        });
-        segments
     }
 
     /// The spool's copy is damaged, or has vanished: it is set aside, and the live path takes the bytes again from the server (D4).

@@ -3,15 +3,18 @@
 use bytes::Bytes;
 use futures_util::{StreamExt, TryStreamExt, stream};
 
+use super::compare::read_local;
 use super::{Archive, Piece, PieceChain, RepositoryError, WalObject, WalObjectKind};
 use crate::seal::{ObjectDecoder, SealError};
-use crate::storage::ObjectStream;
+use crate::storage::{Body, ObjectStream};
 use crate::wal::{Lsn, SegmentName};
 
 /// Short pieces read ahead at the same time.
 const AHEAD: usize = 8;
 /// Raw bytes of a piece up to which it is read whole.
 const SHORT_BYTES: u32 = 1 << 20;
+/// Stored bytes read from local disk at a time.
+const LOCAL_BYTES: usize = 256 << 10;
 /// Stored bytes decoded at a time: of zeros, Zstandard makes some 32,000 times as much of them.
 const DECODE_BYTES: usize = 1 << 10;
 
@@ -53,6 +56,49 @@ impl Archive {
             }
         }
         Ok(())
+    }
+
+    /// Compares the pieces that are stored of a segment with a local object that holds it from its beginning on, byte by byte, as far as
+    /// that reaches. Does nothing but list where there are none. Only two that are proven can be a conflict.
+    pub(super) async fn check_replaced(&self, segment: SegmentName, local: &Body) -> Result<(), RepositoryError> {
+        let PieceChain { pieces, overlapping, unreachable, .. } = PieceChain::of(&self.pieces(segment).await?);
+        if !overlapping.is_empty() {
+            self.check_overlaps(segment).await?;
+        }
+        let pieces: Vec<Piece> = pieces.into_iter().chain(unreachable).collect();
+        if pieces.is_empty() {
+            return Ok(());
+        }
+        let key = || WalObject { kind: WalObjectKind::Segment, ..object(&pieces[0]) }.key(self.keys());
+        let damaged = |source| RepositoryError::LocalDamaged { key: key(), source };
+        let mut chain = ChainBytes { archive: self, pieces: &pieces, reader: None, raw: Vec::new(), position: 0 };
+        let (mut decoder, mut raw) = (ObjectDecoder::new(), Vec::new());
+        let (mut offset, mut at, mut differs) = (0, 0, None);
+        loop {
+            let stored = read_local(local, offset, LOCAL_BYTES).await;
+            let stored = stored.map_err(|source| RepositoryError::Local { key: key(), source })?;
+            if stored.is_empty() {
+                break;
+            }
+            offset += stored.len() as u64; // usize fits
+            for part in stored.chunks(DECODE_BYTES) {
+                raw.clear();
+                let push = |bytes: &[u8]| {
+                    raw.extend_from_slice(bytes);
+                    Ok::<(), SealError>(())
+                };
+                decoder.push(part, push).map_err(damaged)?;
+                if differs.is_none() {
+                    differs = chain.compare_over_holes(at, &raw).await?;
+                }
+                at += raw.len() as u32; // a segment has at most 1 GiB
+            }
+        }
+        decoder.finish().map_err(damaged)?;
+        let Some((offset, piece)) = differs else { return Ok(()) };
+        chain.prove().await?;
+        let at = Lsn::new(segment.start().get() + u64::from(offset));
+        Err(RepositoryError::Conflict { url: self.url(), key: object(&piece).key(self.keys()), at })
     }
 
     /// CRC-32 of the segment's raw bytes `[0, end)`, read from a chain of pieces that may overlap.
@@ -192,6 +238,28 @@ impl ChainBytes<'_> {
             }
             at += length as u32; // as above
             bytes = &bytes[length..];
+        }
+        Ok(None)
+    }
+
+    /// The same where the pieces may leave holes: only what they have is compared.
+    async fn compare_over_holes(
+        &mut self,
+        mut at: u32,
+        mut bytes: &[u8],
+    ) -> Result<Option<(u32, Piece)>, RepositoryError> {
+        while !bytes.is_empty() {
+            let next = self.pieces.partition_point(|piece| piece.end <= at);
+            let Some(piece) = self.pieces.get(next) else { break };
+            let until = if piece.start > at { piece.start } else { piece.end };
+            let take = bytes.len().min((until - at) as usize); // u32 fits
+            if piece.start <= at
+                && let Some(differs) = self.compare(at, &bytes[..take]).await?
+            {
+                return Ok(Some(differs));
+            }
+            at += take as u32; // as above
+            bytes = &bytes[take..];
         }
         Ok(None)
     }

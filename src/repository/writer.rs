@@ -107,6 +107,12 @@ impl RepositoryWriter {
         self.put_wal(WalObject { segment, kind, compression: sealed.compression, valid_until }, sealed).await
     }
 
+    /// Compares what is stored of a segment in pieces with an object that is to take their place: the whole segment, or its beginning.
+    /// `Conflict`: the pieces are of another history, and stay.
+    pub async fn check_pieces(&self, segment: SegmentName, sealed: &SealedObject) -> Result<(), RepositoryError> {
+        self.archive.check_replaced(segment, &sealed.body).await
+    }
+
     async fn put_wal(&self, object: WalObject, sealed: &SealedObject) -> Result<Stored, RepositoryError> {
         self.lease.require()?;
         let key = object.key(self.archive.keys());

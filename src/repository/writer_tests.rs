@@ -392,3 +392,40 @@ async fn one_system_is_chosen_and_several_are_named() {
     assert_eq!(error.hint(), "choose one with `--system-identifier`");
     assert_eq!(repository.choose(Some(other)).await.unwrap().system(), other);
 }
+
+/// A host that was put back went on in a segment of which pieces were stored: the whole one took their place, and they were removed (I7).
+#[tokio::test]
+async fn pieces_of_another_history_are_a_conflict_for_what_takes_their_place() {
+    let folder = tempfile::tempdir().unwrap();
+    let writer = writer(folder.path()).await;
+    let bytes = raw(1, 1 << 20);
+    let put = |start: u32, end: u32| {
+        let piece = seal(segment(3), start.into(), &bytes[start as usize..end as usize], Compression::Lz4);
+        let writer = writer.clone();
+        async move { writer.put_piece(segment(3), start, end, &piece).await.unwrap() }
+    };
+    let check = |raw: &[u8], compression| {
+        let sealed = seal(segment(3), 0, raw, compression);
+        let writer = writer.clone();
+        async move { writer.check_pieces(segment(3), &sealed).await }
+    };
+    check(&bytes, Compression::Lz4).await.unwrap();
+    for (start, end) in [(0, 1000), (1000, 200_000), (300_000, 300_001), (400_000, 500_000)] {
+        put(start, end).await;
+    }
+    for compression in [Compression::Lz4, Compression::Zstd] {
+        check(&bytes, compression).await.unwrap();
+        let mut in_a_hole = bytes.clone();
+        in_a_hole[250_000] ^= 1;
+        check(&in_a_hole, compression).await.unwrap();
+        for at in [0, 999, 1000, 199_999, 300_000, 499_999] {
+            let mut other = bytes.clone();
+            other[at] ^= 1;
+            let error = check(&other, compression).await.unwrap_err();
+            let RepositoryError::Conflict { at: found, .. } = error else { panic!("{error}") };
+            assert_eq!(found, Lsn::new((3 << 20) + at as u64));
+        }
+        // A timeline's last part ends before what the server that was left behind has sent.
+        check(&bytes[..450_000], compression).await.unwrap();
+    }
+}

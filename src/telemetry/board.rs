@@ -163,6 +163,14 @@ impl Board {
     /// The timeline that is archived now, and where it begins: its switch, or zero for the first.
     pub fn set_timeline(&self, timeline: TimelineId, begin: Lsn) {
         let mut facts = self.facts();
+        if facts.timeline.is_some_and(|before| before != timeline) {
+            // What is archived of another timeline behind the switch says nothing of this one.
+            for repository in &self.shared.repositories {
+                if repository.archived.get().is_some_and(|position| position > begin) {
+                    repository.archived.set(begin);
+                }
+            }
+        }
         (facts.timeline, facts.timeline_begin) = (Some(timeline), begin);
     }
 
