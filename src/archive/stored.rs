@@ -17,7 +17,9 @@ use crate::telemetry::CauseCode;
 use crate::wal::{Lsn, PAGE_SIZE, SegmentName, TimelineId};
 
 /// How long a store may take to say what it holds. One that does not answer holds nothing up: it is asked again when it does.
-const ASK_LIMIT: Duration = Duration::from_secs(15);
+const ASK_LIMIT: Duration = Duration::from_secs(5);
+/// The same for one that was just seen to answer.
+const PATIENT_LIMIT: Duration = Duration::from_secs(30);
 
 enum Proof {
     /// The server has all that is stored, or nobody can tell, which was told.
@@ -76,6 +78,8 @@ impl Live {
 
     async fn prove_in(&self, archive: &Archive, start: &Start, limit: Lsn) -> Result<Proof, ArchiveError> {
         let (timeline, known, size) = (start.timeline, start.held_end, self.segment_size);
+        let is_answering = self.tail.is_answering(archive.repository().name());
+        let patience = if is_answering { PATIENT_LIMIT } else { ASK_LIMIT };
         let asked = archive.clone();
         let end = async move {
             let archived = asked.archived_from(timeline, known, size).await?;
@@ -90,7 +94,7 @@ impl Live {
             }
             Ok(end)
         };
-        let Some(stored) = self.ask(end).await? else { return Ok(Proof::Unanswered) };
+        let Some(stored) = self.ask(patience, end).await? else { return Ok(Proof::Unanswered) };
         if stored <= size.start_of(known) {
             return Ok(Proof::Given);
         }
@@ -104,7 +108,7 @@ impl Live {
         }
         for segment in segments {
             let asked = archive.clone();
-            let Some(parts) = self.ask(async move { stored_parts(&asked, segment).await }).await? else {
+            let Some(parts) = self.ask(patience, async move { stored_parts(&asked, segment).await }).await? else {
                 return Ok(Proof::Unanswered);
             };
             let until = until.min(segment.end());
@@ -152,9 +156,10 @@ impl Live {
     /// `None`: no answer in time, or an error.
     async fn ask<T: Send + 'static>(
         &self,
+        patience: Duration,
         question: impl Future<Output = Result<T, RepositoryError>> + Send + 'static,
     ) -> Result<Option<T>, ArchiveError> {
-        let asked = self.stores.spawn(async move { tokio::time::timeout(ASK_LIMIT, question).await });
+        let asked = self.stores.spawn(async move { tokio::time::timeout(patience, question).await });
         tokio::select! {
             asked = asked => Ok(match asked {
                 Ok(Ok(Ok(answer))) => Some(answer),

@@ -60,6 +60,8 @@ struct State {
     judged: BTreeMap<(String, TimelineId), bool>,
     /// Those that did not answer. Asking them again would hold up the next session as well.
     silent: BTreeSet<String>,
+    /// Those that did since: they may take their time.
+    answering: BTreeSet<String>,
 }
 
 /// For whoever waits for WAL of the open segment to be in the repositories. Clones share it.
@@ -270,7 +272,14 @@ impl Tail {
     }
 
     pub fn set_silent(&self, repository: &str) {
-        self.with(|state| state.silent.insert(repository.into()));
+        self.with(|state| {
+            state.silent.insert(repository.into());
+            state.answering.remove(repository);
+        });
+    }
+
+    pub fn is_answering(&self, repository: &str) -> bool {
+        self.with(|state| state.answering.contains(repository))
     }
 
     /// Another agent may write to it from now on.
@@ -280,7 +289,10 @@ impl Tail {
 
     /// The repository answers, but did not when the session began: the next one begins with the proof.
     pub fn prove_again(&self, repository: &str) {
-        self.with(|state| state.silent.remove(repository));
+        self.with(|state| {
+            state.silent.remove(repository);
+            state.answering.insert(repository.into());
+        });
         self.recut.send_modify(|n| *n += 1);
     }
 

@@ -145,6 +145,8 @@ pub(super) struct Stand {
     /// What it holds in front of the first object to ship was looked at.
     pub(super) joined: bool,
     pub(super) joining: bool,
+    /// What it is looked at for came while it was looked at.
+    pub(super) join_again: bool,
     /// It cannot be looked at yet.
     pub(super) join_waits: bool,
     /// The segment from which on the pieces of its timeline were listed.
@@ -298,6 +300,7 @@ impl Uploader {
                         if entry.relative.starts_with("gaps/") && !self.required {
                             // It may be a gap of this repository alone, which was not told before it is known here.
                             stand.joined = false;
+                            stand.join_again = stand.joining;
                         }
                     }
                     Ok(Shipped::Released { entry }) => in_flight.retain(|name| *name != entry.relative),
@@ -407,9 +410,9 @@ impl Uploader {
     fn end_chore(&self, chore: Chore, stand: &mut Stand) -> Option<Ended> {
         match chore {
             Chore::Joined(Ok(joined)) => {
-                (stand.joined, stand.joining) = (joined, false);
                 // Where shipping begins is not known before the first connection, which the backlog tells.
                 stand.join_waits = !joined;
+                (stand.joined, stand.joining) = (joined && !std::mem::take(&mut stand.join_again), false);
                 if joined && !stand.silent {
                     self.tell_store(Work::Requests, None);
                 }
