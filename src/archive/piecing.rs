@@ -11,9 +11,12 @@ const PIECES_IN_FLIGHT: usize = 4;
 const WHOLE_PATIENCE: Duration = Duration::from_secs(5);
 
 impl Uploader {
-    /// From when on a piece may be sent that nobody waits for, however few bytes it has. Cuts may come more often.
+    /// From when on a piece may be sent that nobody waits for, however few bytes it has. Cuts come at the tail's interval, and what was cut
+    /// goes at once; but they come more often while commits wait for the spool: then it is the interval that counts.
     pub(super) fn piece_due(&self, stand: &Stand) -> Option<Instant> {
-        Some(stand.piece_sent? + self.pace.spacing().max(self.tail_interval.unwrap_or_default()))
+        let cut_for_commits = self.board.is_waited_for() && !self.durable_in_repository;
+        let interval = self.tail_interval.filter(|_| cut_for_commits).unwrap_or_default();
+        Some(stand.piece_sent? + self.pace.spacing().max(interval))
     }
 
     /// The next piece to send, if there is something new and its turn has come.

@@ -24,7 +24,7 @@ use crate::storage::Backoff;
 use crate::telemetry::{Board, BoardRepository, BoardSetup, CauseCode, SystemClock};
 use crate::wal::Lsn;
 
-/// How often the open segment is cut, and its new bytes become durable, at least. Pieces are sent at the tail's own interval.
+/// How often the open segment is cut, and its new bytes become durable, when the tail is off.
 const CUT_INTERVAL: Duration = Duration::from_secs(1);
 /// A killed predecessor may need a moment to be gone.
 const LOCK_PATIENCE: Duration = Duration::from_secs(3);
@@ -101,7 +101,7 @@ pub fn archiver_settings(settings: &Settings, connect: ConnectSettings) -> Archi
             },
             max_delay: settings.sync.max_delay,
             stop_timeout: settings.archive.stop_timeout,
-            cut_interval: settings.archive.tail_interval.unwrap_or(CUT_INTERVAL).min(CUT_INTERVAL),
+            cut_interval: settings.archive.tail_interval.unwrap_or(CUT_INTERVAL),
             cut_bytes: settings.archive.tail_interval.map(|_| settings.archive.tail_bytes),
             bounds: SpoolBounds { bytes_max: settings.spool.bytes_max, free_bytes_min: settings.spool.free_bytes_min },
             retry_delay_max: settings.upload.retry_delay_max,
