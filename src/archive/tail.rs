@@ -58,10 +58,8 @@ struct State {
     demanded: Option<Lsn>,
     /// Repositories that were asked whether the server has what they hold of the timeline, and whether it does.
     judged: BTreeMap<(String, TimelineId), bool>,
-    /// Those that did not answer. Asking them again would hold up the next session as well.
-    silent: BTreeSet<String>,
-    /// Those that did since: they may take their time.
-    answering: BTreeSet<String>,
+    /// Of those that did not answer, whether they did since. Asking the others again would hold up the next session as well.
+    answered_since: BTreeMap<String, bool>,
 }
 
 /// For whoever waits for WAL of the open segment to be in the repositories. Clones share it.
@@ -268,18 +266,15 @@ impl Tail {
     }
 
     pub fn is_silent(&self, repository: &str) -> bool {
-        self.with(|state| state.silent.contains(repository))
+        self.with(|state| state.answered_since.get(repository) == Some(&false))
     }
 
     pub fn set_silent(&self, repository: &str) {
-        self.with(|state| {
-            state.silent.insert(repository.into());
-            state.answering.remove(repository);
-        });
+        self.with(|state| state.answered_since.insert(repository.into(), false));
     }
 
     pub fn is_answering(&self, repository: &str) -> bool {
-        self.with(|state| state.answering.contains(repository))
+        self.with(|state| state.answered_since.get(repository) == Some(&true))
     }
 
     /// Another agent may write to it from now on.
@@ -289,10 +284,7 @@ impl Tail {
 
     /// The repository answers, but did not when the session began: the next one begins with the proof.
     pub fn prove_again(&self, repository: &str) {
-        self.with(|state| {
-            state.silent.remove(repository);
-            state.answering.insert(repository.into());
-        });
+        self.with(|state| state.answered_since.insert(repository.into(), true));
         self.recut.send_modify(|n| *n += 1);
     }
 

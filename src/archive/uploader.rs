@@ -143,30 +143,30 @@ pub(super) enum Ended {
 #[derive(Default)]
 pub(super) struct Stand {
     /// What it holds in front of the first object to ship was looked at.
-    pub(super) joined: bool,
-    pub(super) joining: bool,
+    joined: bool,
+    joining: bool,
     /// What it is looked at for came while it was looked at.
-    pub(super) join_again: bool,
+    join_again: bool,
     /// It cannot be looked at yet.
-    pub(super) join_waits: bool,
+    join_waits: bool,
     /// The segment from which on the pieces of its timeline were listed.
-    pub(super) listed: Option<SegmentName>,
-    pub(super) listing: bool,
+    listed: Option<SegmentName>,
+    listing: bool,
     /// The timeline in which it was looked for pieces that a crash left.
-    pub(super) tidied: Option<TimelineId>,
+    tidied: Option<TimelineId>,
     /// Pieces stay: this agent may not delete.
-    pub(super) pieces_stay: bool,
+    pieces_stay: bool,
     /// When the live path was last asked for the proof that what is stored is the server's, and how long it is not asked again.
-    pub(super) proof_asked: Option<(Instant, Duration)>,
+    proof_asked: Option<(Instant, Duration)>,
     /// The last look failed, or came too early.
-    pub(super) ask_not_before: Option<Instant>,
+    ask_not_before: Option<Instant>,
     /// Segments that are stored whole, whose pieces are to go once they are proven and none of them is on its way any more.
-    pub(super) replaced: BTreeSet<SegmentName>,
-    pub(super) dropping: bool,
+    replaced: BTreeSet<SegmentName>,
+    dropping: bool,
     /// The last attempt failed.
-    pub(super) drop_not_before: Option<Instant>,
+    drop_not_before: Option<Instant>,
     /// Segments of which pieces were found then.
-    pub(super) in_pieces: BTreeSet<SegmentName>,
+    in_pieces: BTreeSet<SegmentName>,
     pub(super) courses: Courses,
     /// What the repository holds without a hole.
     pub(super) reach: Lsn,
@@ -175,11 +175,11 @@ pub(super) struct Stand {
     /// A piece could not be read: the file is waited for.
     pub(super) piece_not_before: Option<Instant>,
     /// Small requests that are on their way, since when.
-    pub(super) renewing: Option<Instant>,
-    pub(super) covering: Option<Instant>,
-    pub(super) covered: Covered,
+    renewing: Option<Instant>,
+    covering: Option<Instant>,
+    covered: Covered,
     /// The lease's renewal failed or is not answered, and that was told.
-    pub(super) silent: bool,
+    silent: bool,
 }
 
 impl Stand {
